@@ -1,0 +1,105 @@
+"""Parallel training from one process to many: short engines that are proven exact.
+
+Names resolve on first use (PEP 562), so `import labpkg as lab` costs milliseconds,
+imports no torch, starts no process group and touches no GPU. What is listed here is
+the public API; everything else may change between versions.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "ModelShape": "planning.shapes",
+    "data_parallel_bytes": "planning.cost",
+    "wire_bytes": "planning.cost",
+    "cross_entropy": "foundations.losses",
+    "SGD": "foundations.optimizers",
+    "AdamW": "foundations.optimizers",
+    "MLP": "foundations.models",
+    "GPT": "foundations.models",
+    "GPTConfig": "foundations.models",
+    "digits": "foundations.data",
+    "stdlib_text": "foundations.data",
+    "file_text": "foundations.data",
+    "batches": "foundations.data",
+    "World": "processes.world",
+    "RankError": "processes.world",
+    "make_mesh": "processes.mesh",
+    "all_reduce": "processes.collectives",
+    "reduce": "processes.collectives",
+    "broadcast": "processes.collectives",
+    "all_gather": "processes.collectives",
+    "reduce_scatter": "processes.collectives",
+    "all_to_all": "processes.collectives",
+    "send": "processes.collectives",
+    "recv": "processes.collectives",
+    "barrier": "processes.collectives",
+    "count_comms": "processes.collectives",
+    "DataParallel": "parallelism.data_parallel",
+    "average_gradients": "parallelism.data_parallel",
+    "mean_weight": "parallelism.data_parallel",
+    "Trainer": "runs.trainer",
+    "TrainConfig": "runs.trainer",
+    "save_checkpoint": "runs.checkpoint",
+    "load_checkpoint": "runs.checkpoint",
+    "show": "display",
+}
+_MODULES = ("check", "plot")
+
+__all__ = ["__version__", *sorted(_EXPORTS), *_MODULES]  # pyright: ignore
+
+if TYPE_CHECKING:
+    from labpkg import check as check
+    from labpkg import plot as plot
+    from labpkg.display import show as show
+    from labpkg.foundations.data import batches as batches
+    from labpkg.foundations.data import digits as digits
+    from labpkg.foundations.data import file_text as file_text
+    from labpkg.foundations.data import stdlib_text as stdlib_text
+    from labpkg.foundations.losses import cross_entropy as cross_entropy
+    from labpkg.foundations.models import GPT as GPT
+    from labpkg.foundations.models import MLP as MLP
+    from labpkg.foundations.models import GPTConfig as GPTConfig
+    from labpkg.foundations.optimizers import SGD as SGD
+    from labpkg.foundations.optimizers import AdamW as AdamW
+    from labpkg.parallelism.data_parallel import DataParallel as DataParallel
+    from labpkg.parallelism.data_parallel import average_gradients as average_gradients
+    from labpkg.parallelism.data_parallel import mean_weight as mean_weight
+    from labpkg.planning.cost import data_parallel_bytes as data_parallel_bytes
+    from labpkg.planning.cost import wire_bytes as wire_bytes
+    from labpkg.planning.shapes import ModelShape as ModelShape
+    from labpkg.processes.collectives import all_gather as all_gather
+    from labpkg.processes.collectives import all_reduce as all_reduce
+    from labpkg.processes.collectives import all_to_all as all_to_all
+    from labpkg.processes.collectives import barrier as barrier
+    from labpkg.processes.collectives import broadcast as broadcast
+    from labpkg.processes.collectives import count_comms as count_comms
+    from labpkg.processes.collectives import recv as recv
+    from labpkg.processes.collectives import reduce as reduce
+    from labpkg.processes.collectives import reduce_scatter as reduce_scatter
+    from labpkg.processes.collectives import send as send
+    from labpkg.processes.mesh import make_mesh as make_mesh
+    from labpkg.processes.world import RankError as RankError
+    from labpkg.processes.world import World as World
+    from labpkg.runs.checkpoint import load_checkpoint as load_checkpoint
+    from labpkg.runs.checkpoint import save_checkpoint as save_checkpoint
+    from labpkg.runs.trainer import TrainConfig as TrainConfig
+    from labpkg.runs.trainer import Trainer as Trainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        module = importlib.import_module(f"labpkg.{_EXPORTS[name]}")
+        value = globals()[name] = getattr(module, name)
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"labpkg.{name}")
+    raise AttributeError(f"module 'labpkg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

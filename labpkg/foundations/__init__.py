@@ -1,0 +1,1 @@
+"""Layer 0, one process: losses, optimizers, models and data. Nothing communicates."""

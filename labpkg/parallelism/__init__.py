@@ -1,0 +1,1 @@
+"""Layer 2: the engines. They communicate through `labpkg.processes.collectives`."""

@@ -1,0 +1,1 @@
+"""Layer 1: processes, meshes and the collectives between them."""

@@ -1,0 +1,1 @@
+"""Layer 3: whole training runs, their checkpoints and their faults."""
