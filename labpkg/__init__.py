@@ -35,10 +35,11 @@ _EXPORTS = {
     "all_gather": "processes.collectives",
     "reduce_scatter": "processes.collectives",
     "all_to_all": "processes.collectives",
-    "send": "processes.collectives",
-    "recv": "processes.collectives",
-    "barrier": "processes.collectives",
-    "count_comms": "processes.collectives",
+    "send": "processes.messages",
+    "recv": "processes.messages",
+    "barrier": "processes.messages",
+    "all_gather_object": "processes.messages",
+    "count_comms": "processes.traffic",
     "DataParallel": "parallelism.data_parallel",
     "average_gradients": "parallelism.data_parallel",
     "mean_weight": "parallelism.data_parallel",
@@ -75,14 +76,15 @@ if TYPE_CHECKING:
     from labpkg.processes.collectives import all_gather as all_gather
     from labpkg.processes.collectives import all_reduce as all_reduce
     from labpkg.processes.collectives import all_to_all as all_to_all
-    from labpkg.processes.collectives import barrier as barrier
     from labpkg.processes.collectives import broadcast as broadcast
-    from labpkg.processes.collectives import count_comms as count_comms
-    from labpkg.processes.collectives import recv as recv
     from labpkg.processes.collectives import reduce as reduce
     from labpkg.processes.collectives import reduce_scatter as reduce_scatter
-    from labpkg.processes.collectives import send as send
     from labpkg.processes.mesh import make_mesh as make_mesh
+    from labpkg.processes.messages import all_gather_object as all_gather_object
+    from labpkg.processes.messages import barrier as barrier
+    from labpkg.processes.messages import recv as recv
+    from labpkg.processes.messages import send as send
+    from labpkg.processes.traffic import count_comms as count_comms
     from labpkg.processes.world import RankError as RankError
     from labpkg.processes.world import World as World
     from labpkg.runs.checkpoint import load_checkpoint as load_checkpoint

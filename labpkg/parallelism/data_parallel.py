@@ -1,0 +1,314 @@
+"""Data parallelism: replicate the model, shard the batch, average the gradients.
+
+Three versions, each adding one idea: `average_gradients` (one all_reduce per parameter
+after backward), `average_gradients_bucketed` (one per flat bucket: fewer latencies) and
+`DataParallel` (buckets leave while backward still computes: hidden latencies).
+
+Equal starts and equal averaged gradients keep the replicas equal, so parameters are
+sent once, at the start, and never again.
+
+Chapter: parallelism/data_parallel. Reference: Li et al. 2020, PyTorch Distributed,
+PVLDB 13(12):3005-3018, arXiv:2006.15704.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from labpkg.processes.collectives import all_reduce, all_reduce_, broadcast_
+from labpkg.processes.flat import bucket_parameters, flat_views
+from labpkg.processes.messages import all_gather_object
+from labpkg.processes.transport import Work
+
+_BUCKET_BYTES = 25 * 2**20
+
+
+def average_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Average every gradient over the ranks, one collective per parameter (naive).
+
+    Call it between `backward()` and `optimizer.step()`. Every rank must have a gradient
+    for the same parameters.
+
+    Args:
+        model: The replica of this rank.
+        mesh: The data-parallel axis.
+
+    Communication: one all_reduce per parameter, 2 (n - 1) / n of its bytes per rank.
+    """
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = all_reduce(parameter.grad, mesh, op="mean")
+
+
+def average_gradients_bucketed(
+    model: nn.Module, mesh: DeviceMesh, *, bucket_bytes: int = _BUCKET_BYTES
+) -> None:
+    """Average all gradients over the ranks, one collective per flat bucket.
+
+    Adds to `average_gradients`: a collective costs a latency however small it is, and a
+    model has many small parameters. Price: the gradients are copied in and out.
+
+    Args:
+        model: The replica of this rank.
+        mesh: The data-parallel axis.
+        bucket_bytes: Size at which a bucket is closed.
+
+    Communication: the same bytes as `average_gradients` in fewer collectives.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for bucket in bucket_parameters(gradients, bucket_bytes):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        all_reduce_(flat, mesh, op="mean").wait()
+        for gradient, mean in zip(bucket, flat_views(flat, bucket), strict=True):
+            gradient.copy_(mean)
+
+
+def mean_weight(count: float, mesh: DeviceMesh) -> float:
+    """Return n * count / sum(count): the factor that makes a mean of means exact.
+
+    Averaging over ranks gives every rank the same weight. With `count` samples (or
+    tokens) on this rank, multiply its mean loss by this factor; the averaged gradient
+    is then that of the mean over all samples. A rank without samples gets 0 and still
+    takes part.
+
+    Args:
+        count: What this rank's mean was taken over; at least 0.
+        mesh: The data-parallel axis.
+
+    Returns:
+        The factor; 1 when all counts are equal.
+
+    Raises:
+        ValueError: On every rank, if a count is negative or all are 0.
+
+    Communication: an all_reduce of two numbers.
+    """
+    device = "cuda" if mesh.device_type == "cuda" else "cpu"
+    pair = torch.tensor([count, count < 0], dtype=torch.float64, device=device)
+    total, num_negative = all_reduce(pair, mesh).tolist()
+    if num_negative or total == 0:
+        raise ValueError(
+            f"count={count} on this rank, {total} in all: a mean needs counts of at "
+            "least 0 and one sample in all; skip the step on every rank"
+        )
+    return mesh.size() * count / total
+
+
+class _Bucket:
+    """A flat gradient buffer: the elements of its parameters, then one flag for each.
+
+    # Note [used flags]
+    A parameter that took no part in any rank's backward must keep `grad is None`: an
+    optimizer with weight decay would move it otherwise. Each rank sets the flags of the
+    parameters that it used; the flags travel with the gradients, so all ranks agree
+    without a further collective. A rank that used them all need not read the answer.
+    """
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
+        num_elements = sum(p.numel() for p in parameters)
+        self.flat = parameters[0].new_zeros(num_elements + len(parameters))
+        self.views = flat_views(self.flat, parameters)
+        self.flags = self.flat[num_elements:]
+        self.ready: set[int] = set()
+        self.unused: list[int] = []
+        self.work: Work | None = None
+
+    def take(self, i: int) -> None:
+        """Make the gradient of parameter i live in the bucket."""
+        gradient, view = self.parameters[i].grad, self.views[i]
+        assert gradient is not None
+        if gradient.data_ptr() != view.data_ptr():
+            with torch.no_grad():
+                view.copy_(gradient)
+            self.parameters[i].grad = view
+
+    def launch(self, mesh: DeviceMesh) -> None:
+        """Start averaging; a parameter without a gradient counts as zero and unused."""
+        self.unused = [i for i, p in enumerate(self.parameters) if p.grad is None]
+        self.flags.fill_(1)
+        for i in range(len(self.parameters)):
+            if i in self.unused:
+                self.views[i].zero_()
+                self.flags[i] = 0
+            else:
+                self.take(i)
+        self.work = all_reduce_(self.flat, mesh, op="mean")
+
+    def finish(self) -> None:
+        """Wait, and give every parameter that some rank used its mean gradient."""
+        assert self.work is not None
+        self.work.wait()
+        self.work = None
+        self.ready.clear()
+        for i in self.unused:
+            if self.flags[i] > 0:
+                self.parameters[i].grad = self.views[i]
+
+
+class DataParallel(nn.Module):
+    """Replicate a module over a mesh axis and average gradients during backward.
+
+    Adds to `average_gradients_bucketed`: gradients live in the buckets (no copy out),
+    and each bucket leaves as soon as its last gradient is ready, while backward goes on
+    with earlier layers. At the end of `backward()` every gradient is the mean over the
+    ranks; a parameter that no rank used has `grad is None`. Gradients are views of the
+    buckets; `zero_grad` of either kind works.
+
+    Parameters and buffers are broadcast from rank 0 of the axis at construction. The
+    keys of `state_dict` and `named_parameters` are those of the module itself. Buffers
+    are not synchronised afterwards.
+
+    Args:
+        module: The model; each rank may start from another seed.
+        mesh: The data-parallel axis, such as `mesh["dp"]`.
+        bucket_bytes: Size at which a bucket is closed. Small buckets start earlier,
+            large ones pay fewer latencies.
+
+    Raises:
+        ValueError: If no parameter needs a gradient, if `bucket_bytes` is below 1, if
+            the mesh has several axes, or if the ranks' models differ in shape.
+
+    Communication: `data_parallel_bytes(module)` are all-reduced per optimizer step: 2
+    (n - 1) / n of them per rank. With `no_sync` accumulation too.
+    """
+
+    def __init__(
+        self, module: nn.Module, mesh: DeviceMesh, *, bucket_bytes: int = _BUCKET_BYTES
+    ) -> None:
+        super().__init__()
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError(
+                "the model has no parameter that needs a gradient; data parallelism "
+                "has nothing to average: use the model as it is"
+            )
+        if bucket_bytes < 1:
+            raise ValueError(f"bucket_bytes={bucket_bytes} is below 1; choose a size")
+        self.module, self._mesh = module, mesh
+        _check_replicas(module, mesh)
+        _broadcast_state(module, mesh)
+        self._buckets = [
+            _Bucket(group) for group in bucket_parameters(parameters, bucket_bytes)
+        ]
+        self._sync = True
+        self._num_launched = 0
+        self._in_backward = False
+        for bucket in self._buckets:
+            for i, parameter in enumerate(bucket.parameters):
+                parameter.register_post_accumulate_grad_hook(self._hook(bucket, i))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module.
+
+        Raises:
+            RuntimeError: If the last backward pass broke off between two buckets.
+        """
+        if self._in_backward:
+            raise RuntimeError(
+                "the last backward pass did not end, so ranks may disagree about what "
+                "was reduced; restart from a checkpoint"
+            )
+        return self.module(*args, **kwargs)
+
+    def _hook(self, bucket: _Bucket, i: int) -> Callable[[Tensor], None]:
+        def accumulated(_: Tensor) -> None:
+            if self._sync:
+                self._mark_ready(bucket, i)
+            bucket.take(i)
+            while self._sync and self._next_is_ready():
+                self._launch_next()
+
+        return accumulated
+
+    def _mark_ready(self, bucket: _Bucket, i: int) -> None:
+        if i in bucket.ready:
+            raise RuntimeError(
+                "a parameter received its gradient twice in one backward pass, as "
+                "reentrant checkpointing does; use checkpoint(..., use_reentrant=False)"
+            )
+        bucket.ready.add(i)
+        if not self._in_backward:
+            self._in_backward = True
+            # Runs when the whole backward pass has ended.
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+
+    def _next_is_ready(self) -> bool:
+        # Buckets leave in one order on every rank, whatever order gradients come in.
+        if self._num_launched == len(self._buckets):
+            return False
+        bucket = self._buckets[self._num_launched]
+        return len(bucket.ready) == len(bucket.parameters)
+
+    def _launch_next(self) -> None:
+        self._buckets[self._num_launched].launch(self._mesh)
+        self._num_launched += 1
+
+    def _finish(self) -> None:
+        while self._num_launched < len(self._buckets):
+            self._launch_next()
+        for bucket in self._buckets:
+            bucket.finish()
+        self._num_launched, self._in_backward = 0, False
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Only accumulate gradients inside the block; the next backward averages all.
+
+        The forward pass may be inside or outside; what counts is `backward()`.
+        """
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore
+        """Return the module's own state_dict, without a prefix."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the module's own state_dict."""
+        return self.module.load_state_dict(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator:
+        """Yield the module's own names and parameters."""
+        return self.module.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator:
+        """Yield the module's own names and buffers."""
+        return self.module.named_buffers(*args, **kwargs)
+
+
+def _check_replicas(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Raise on every rank if the models differ in names, shapes or dtypes."""
+    mine = [
+        (name, tuple(t.shape), str(t.dtype), t.requires_grad)
+        for name, t in (*module.named_parameters(), *module.named_buffers())
+    ]
+    for rank, theirs in enumerate(all_gather_object(mine, mesh)):
+        if theirs != mine:
+            first = next(
+                (a for a, b in zip(mine, theirs, strict=False) if a != b), None
+            )
+            raise ValueError(
+                f"rank {rank} of the axis holds another model ({len(theirs)} tensors, "
+                f"here {len(mine)}; first difference at {first}); build the same model "
+                "on every rank"
+            )
+
+
+def _broadcast_state(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Overwrite parameters and buffers with those of rank 0 of the axis."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            whole = tensor.detach().contiguous()
+            broadcast_(whole, mesh).wait()
+            if whole.data_ptr() != tensor.data_ptr():
+                tensor.copy_(whole)

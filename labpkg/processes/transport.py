@@ -1,0 +1,210 @@
+"""How bytes move: for each collective the fastest exact way that the backend offers.
+
+NCCL's own kernels are used as they are. gloo's reduce-scatter is an all-reduce in
+disguise, so CPU ranks exchange slices directly, which sends half the bytes and adds
+them in rank order: the result is bitwise that of a sequential sum. Point-to-point calls
+of gloo know no GPU tensors; they are staged through the CPU.
+
+Every function starts the transfer and returns a `Transfer`: a handle to wait on and the
+bytes that this rank sends under the algorithm that runs.
+
+References: Thakur, Rabenseifner, Gropp 2005, IJHPCA 19(1); Patarasuk and Yuan 2009,
+JPDC 69(2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+from labpkg.planning.cost import wire_bytes
+
+# Named *_single from torch 2.13 on, where the old names warn.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
+_REDUCE_OPS = {
+    "sum": ReduceOp.SUM,
+    "mean": ReduceOp.AVG,
+    "max": ReduceOp.MAX,
+    "min": ReduceOp.MIN,
+    "product": ReduceOp.PRODUCT,
+}
+REDUCTIONS = tuple(_REDUCE_OPS)
+
+
+class Work(Protocol):
+    """A transfer in flight."""
+
+    def wait(self) -> object:
+        """Return when the result may be read (on a GPU: by the current stream)."""
+        ...
+
+
+class Transfer(NamedTuple):
+    """A started transfer and the bytes that this rank sends for it."""
+
+    work: Work
+    wire_bytes: float
+
+
+class Done:
+    """A transfer that has already ended."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class _Then:
+    """Wait for some transfers, then finish with a function; once."""
+
+    def __init__(self, works: list[Work], finish: Callable[[], object]) -> None:
+        self.works, self.steps = works, [finish]
+
+    def wait(self) -> None:
+        while self.works:
+            self.works.pop(0).wait()
+        while self.steps:
+            self.steps.pop()()
+
+
+def _uses_gloo(group: ProcessGroup) -> bool:
+    return dist.get_backend(group) == "gloo"
+
+
+def _averages(group: ProcessGroup) -> bool:
+    """Whether the backend itself divides: gloo does so correctly from torch 2.12 on."""
+    return not _uses_gloo(group) or torch.__version__ >= "2.12"
+
+
+def all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Transfer:
+    """Reduce `x` in place on all ranks; a ring sends 2 (n - 1) / n of its bytes."""
+    n = group.size()
+    sent = wire_bytes("all_reduce", x.nbytes, n)
+    if op == "mean" and not _averages(group):
+        work = dist.all_reduce(x, group=group, async_op=True)
+        return Transfer(_Then([_work(work)], lambda: x.div_(n)), sent)
+    work = dist.all_reduce(x, op=_REDUCE_OPS[op], group=group, async_op=True)
+    return Transfer(_work(work), sent)
+
+
+def reduce(x: Tensor, group: ProcessGroup, dst: int, op: str) -> Transfer:
+    """Reduce `x` in place on rank `dst` of the group; elsewhere `x` becomes scratch."""
+    n = group.size()
+    root = dist.get_global_rank(group, dst)
+    base = "sum" if op == "mean" else op
+    work = dist.reduce(x, root, op=_REDUCE_OPS[base], group=group, async_op=True)
+    # gloo: a ring reduce-scatter, then everybody's slice to the root; NCCL: a chain.
+    at_root = wire_bytes("reduce_scatter", x.nbytes, n) if _uses_gloo(group) else 0.0
+    sent = at_root if group.rank() == dst else float(x.nbytes)
+    finish = (lambda: x.div_(n)) if op == "mean" else (lambda: None)
+    return Transfer(_Then([_work(work)], finish), sent)
+
+
+def broadcast(x: Tensor, group: ProcessGroup, src: int) -> Transfer:
+    """Copy `x` of rank `src` of the group into `x` of every rank."""
+    root = dist.get_global_rank(group, src)
+    work = dist.broadcast(x, root, group=group, async_op=True)
+    n, place = group.size(), (group.rank() - src) % group.size()
+    if _uses_gloo(group):  # binomial tree: in round k, rank p < 2^k sends to p + 2^k
+        rounds = range((n - 1).bit_length())
+        copies = sum(place < 2**k and place + 2**k < n for k in rounds)
+    else:  # a chain: every rank but the last passes it on
+        copies = int(place < n - 1)
+    return Transfer(_work(work), float(copies * x.nbytes))
+
+
+def all_gather(out: Tensor, x: Tensor, group: ProcessGroup) -> Transfer:
+    """Write the `x` of all ranks into the flat `out`, in rank order."""
+    n = group.size()
+    sent = wire_bytes("all_gather", out.nbytes, n)
+    if not _uses_gloo(group) or x.is_cuda:
+        work = _all_gather(out, x, group=group, async_op=True)
+        return Transfer(_work(work), sent)
+    rank, parts = group.rank(), out.view(n, -1)
+    parts[rank].copy_(x.view(-1))
+    peers = [(rank + j) % n for j in range(1, n)]
+    works = _exchange(
+        dict.fromkeys(peers, parts[rank]), {p: parts[p] for p in peers}, group
+    )
+    return Transfer(_Then(works, lambda: None), sent)
+
+
+def reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup, op: str) -> Transfer:
+    """Reduce flat `x` over the ranks and write this rank's slice into `out`.
+
+    gloo ranks on the CPU add the slices in rank order, whatever the arrival order.
+    """
+    n, rank = group.size(), group.rank()
+    if not _uses_gloo(group):
+        work = _reduce_scatter(out, x, op=_REDUCE_OPS[op], group=group, async_op=True)
+        return Transfer(_work(work), wire_bytes("reduce_scatter", x.nbytes, n))
+    if x.is_cuda or op not in ("sum", "mean"):
+        whole = x.clone()
+        transfer = all_reduce(whole, group, op)
+        finish = lambda: out.copy_(whole.view(n, -1)[rank].view_as(out))
+        return Transfer(_Then([transfer.work], finish), transfer.wire_bytes)
+    parts = list(x.view(n, -1).unbind())
+    mine = {p: parts[p] for p in range(n) if p != rank}
+    theirs = {p: torch.empty_like(parts[p]) for p in mine}
+    works = _exchange(mine, theirs, group)
+
+    def add_in_rank_order() -> None:
+        ordered = [theirs.get(p, parts[rank]) for p in range(n)]
+        total = ordered[0].clone() if n == 1 else torch.add(ordered[0], ordered[1])
+        for part in ordered[2:]:
+            total.add_(part)
+        out.view(-1).copy_(total.div_(n) if op == "mean" else total)
+
+    sent = wire_bytes("reduce_scatter", x.nbytes, n)
+    return Transfer(_Then(works, add_in_rank_order), sent)
+
+
+def all_to_all(out: Tensor, x: Tensor, group: ProcessGroup) -> Transfer:
+    """Send slice p of flat `x` to rank p; slice p of `out` is what rank p sent."""
+    sent = wire_bytes("all_to_all", x.nbytes, group.size())
+    if x.is_cuda and _uses_gloo(group):
+        host_out, host_x = torch.empty_like(out, device="cpu"), x.cpu()
+        work = dist.all_to_all_single(host_out, host_x, group=group, async_op=True)
+        return Transfer(_Then([_work(work)], lambda: out.copy_(host_out)), sent)
+    work = dist.all_to_all_single(out, x, group=group, async_op=True)
+    return Transfer(_work(work), sent)
+
+
+def send(x: Tensor, group: ProcessGroup, dst: int, tag: int) -> Transfer:
+    """Send `x` to rank `dst` of the group. gloo waits until the receive is posted."""
+    host = x.cpu() if _uses_gloo(group) else x
+    work = dist.isend(host, group=group, group_dst=dst, tag=tag)
+    # The copy on the host must outlive the transfer: the closure holds it.
+    return Transfer(_Then([_work(work)], lambda: host), float(x.nbytes))
+
+
+def recv(out: Tensor, group: ProcessGroup, src: int, tag: int) -> Transfer:
+    """Receive into `out` from rank `src` of the group."""
+    staged = _uses_gloo(group) and out.is_cuda
+    host = torch.empty_like(out, device="cpu") if staged else out
+    work = dist.irecv(host, group=group, group_src=src, tag=tag)
+    finish = (lambda: out.copy_(host)) if staged else (lambda: None)
+    return Transfer(_Then([_work(work)], finish), 0.0)
+
+
+def _exchange(
+    mine: dict[int, Tensor], theirs: dict[int, Tensor], group: ProcessGroup
+) -> list[Work]:
+    """Send to and receive from every peer; receives first: gloo's sends wait."""
+    works = [dist.irecv(part, group=group, group_src=p) for p, part in theirs.items()]
+    works += [dist.isend(part, group=group, group_dst=p) for p, part in mine.items()]
+    return [_work(work) for work in works]
+
+
+def _work(work: dist.Work | None) -> Work:
+    """Narrow torch's `Work | None`; None means that this rank is not in the group."""
+    if work is None:
+        raise ValueError("this rank is not part of the mesh axis; pass its own axis")
+    return work
