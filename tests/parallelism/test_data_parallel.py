@@ -1,0 +1,383 @@
+"""The laws of an engine for `DataParallel`: equal to one process, by talking."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import labpkg as lab
+from labpkg.parallelism.data_parallel import average_gradients_bucketed
+from labpkg.processes import collectives
+
+TOLERANCE = 1e-12
+
+
+class Tied(nn.Module):
+    """Output weights are the embedding; backward reaches them twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6, 6, bias=False)
+        self.body = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 6, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(self.embed(x))))
+
+
+class Branches(nn.Module):
+    """`never` is used by nobody, `sometimes` only by samples with x[0] > 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Linear(6, 6)
+        self.sometimes = nn.Linear(6, 6)
+        self.never = nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = self.trunk(x)
+        if (x[:, 0] > 0).any():
+            y = y + self.sometimes(y) * (x[:, :1] > 0)
+        return y
+
+
+class Frozen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Linear(6, 7).requires_grad_(False)
+        self.head = nn.Linear(7, 6)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.backbone(x)))
+
+
+class Conv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 3, 3, padding=1)
+        self.register_buffer("scale", torch.full((1,), 0.5))
+        self.out = nn.Linear(18, 6)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.conv(x[:, None])).flatten(1) * self.scale)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(2, 5, batch_first=True)
+        self.out = nn.Linear(5, 6)
+
+    def forward(self, x):
+        return self.out(self.lstm(x.view(-1, 3, 2))[0][:, -1])
+
+
+MODELS = {
+    "mlp": lambda: lab.MLP(6, 11, 6),
+    "odd": lambda: nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 5), nn.Linear(5, 6)),
+    "tied": Tied,
+    "branches": Branches,
+    "frozen": Frozen,
+    "conv": Conv,
+    "recurrent": Recurrent,
+}
+OPTIMIZERS = {
+    "sgd": lambda p: lab.SGD(p, lr=0.1, momentum=0.9),
+    "adamw": lambda p: lab.AdamW(p, lr=0.01),
+}
+
+
+def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator(device="cpu").manual_seed(1000 + step)
+    x = torch.randn(12, 6, dtype=torch.float64, generator=g, device="cpu")
+    x[:, 0] = torch.linspace(-1, 1, 12)  # the first ranks never take the branch
+    return x, torch.randn(12, 6, dtype=torch.float64, generator=g, device="cpu")
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(42 + (dist.get_rank() if dist.is_initialized() else 0))
+    return MODELS[name]().double()
+
+
+def reference(name: str, optimizer: str, steps: int = 5) -> dict:
+    model = build(name)
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    for step in range(steps):
+        x, y = global_batch(step)
+        opt.zero_grad()
+        out = model(x)
+        ((out - y) ** 2).mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        if step == 0:
+            first = {n: None if g is None else g.clone() for n, g in grads.items()}
+            first_out = out.detach()
+        opt.step()
+    return {"out": first_out, "grads": first, "params": model.state_dict()}
+
+
+def train(name, optimizer, *, silent=False, micro=1, bucket_bytes=200, steps=5):
+    """Train with the engine; `micro` passes are accumulated without synchronising."""
+    mesh = lab.make_mesh(dp=dist.get_world_size())["dp"]
+    n, rank = mesh.size(), mesh.get_local_rank()
+    with collectives.off() if silent else nullcontext():
+        model = lab.DataParallel(build(name), mesh, bucket_bytes=bucket_bytes)
+        opt = OPTIMIZERS[optimizer](model.parameters())
+        for step in range(steps):
+            x, y = (t.chunk(n)[rank] for t in global_batch(step))
+            opt.zero_grad()
+            with lab.count_comms() as log:
+                outs = []
+                for i, (xm, ym) in enumerate(
+                    zip(x.chunk(micro), y.chunk(micro), strict=True)
+                ):
+                    with model.no_sync() if i < micro - 1 else nullcontext():
+                        outs.append(model(xm))
+                        (((outs[-1] - ym) ** 2).mean() / micro).backward()
+            grads = {k: p.grad for k, p in model.named_parameters()}
+            if step == 0:
+                first = {k: None if g is None else g.clone() for k, g in grads.items()}
+                first_out = torch.cat(outs).detach()
+            opt.step()
+    return {
+        "out": first_out,
+        "grads": first,
+        "params": model.state_dict(),
+        "bytes": log["dp"].payload_bytes,
+        "formula": lab.data_parallel_bytes(model),
+    }
+
+
+def deviation(got: dict, want: dict) -> float:
+    """Return the largest relative norm of a difference; None must meet None."""
+    assert got.keys() == want.keys()
+    worst = 0.0
+    for name, w in want.items():
+        g = got[name]
+        assert (g is None) == (w is None), name
+        if w is not None:
+            worst = max(worst, float((g - w).norm() / (w.norm() + 1e-30)))
+    return worst
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_one_process(world4, name, optimizer):
+    want = reference(name, optimizer)
+    ranks = world4.run(train, name, optimizer)
+    out = torch.cat([r["out"] for r in ranks])
+    assert deviation({"out": out}, {"out": want["out"]}) <= TOLERANCE
+    for r in ranks:
+        assert deviation(r["grads"], want["grads"]) <= TOLERANCE
+        assert deviation(r["params"], want["params"]) <= 10 * TOLERANCE
+        assert r["bytes"] == r["formula"]
+        for key, value in r["params"].items():
+            assert torch.equal(value, ranks[0]["params"][key])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_other_world_sizes(world_size):
+    with lab.World(world_size, device="cpu") as world:
+        ranks = world.run(train, "mlp", "adamw")
+    want = reference("mlp", "adamw")
+    for r in ranks:
+        assert deviation(r["grads"], want["grads"]) <= TOLERANCE
+        assert deviation(r["params"], want["params"]) <= 10 * TOLERANCE
+
+
+def test_deviates_without_communication(world4):
+    want = reference("mlp", "sgd")
+    ranks = world4.run(train, "mlp", "sgd", silent=True)
+    assert min(deviation(r["grads"], want["grads"]) for r in ranks) > 1000 * TOLERANCE
+    assert max(deviation(r["params"], want["params"]) for r in ranks) > 1e-2
+    assert all(r["bytes"] == 0 for r in ranks)
+
+
+@pytest.mark.parametrize("micro", [3])
+def test_accumulation_reduces_every_byte_once(world4, micro):
+    want = reference("mlp", "adamw")
+    for r in world4.run(train, "mlp", "adamw", micro=micro):
+        assert deviation(r["grads"], want["grads"]) <= TOLERANCE
+        assert deviation(r["params"], want["params"]) <= 10 * TOLERANCE
+        assert r["bytes"] == r["formula"]
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2**30])
+def test_bucket_size_changes_nothing(world2, bucket_bytes):
+    want = reference("branches", "adamw")
+    for r in world2.run(train, "branches", "adamw", bucket_bytes=bucket_bytes):
+        assert deviation(r["params"], want["params"]) <= 10 * TOLERANCE
+
+
+def several_backwards():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = lab.DataParallel(build("mlp"), mesh)
+    x, y = (t.chunk(2)[mesh.get_local_rank()] for t in global_batch(0))
+    for part in (slice(0, 3), slice(3, 6)):
+        (((model(x[part]) - y[part]) ** 2).mean() / 2).backward()
+    return {k: p.grad for k, p in model.named_parameters()}
+
+
+def test_several_synchronised_backwards_add_up(world2):
+    want = reference("mlp", "sgd", steps=1)["grads"]
+    for grads in world2.run(several_backwards):
+        assert deviation(grads, want) <= TOLERANCE
+
+
+def manual(average):
+    mesh = lab.make_mesh(dp=4)["dp"]
+    model = build("tied")
+    for p in model.parameters():
+        p.data = lab.broadcast(p.detach(), mesh)
+    x, y = (t.chunk(4)[mesh.get_local_rank()] for t in global_batch(0))
+    ((model(x) - y) ** 2).mean().backward()
+    average(model, mesh)
+    return {k: p.grad for k, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("average", [lab.average_gradients, average_gradients_bucketed])
+def test_naive_versions_equal_one_process(world4, average):
+    want = reference("tied", "sgd", steps=1)["grads"]
+    for grads in world4.run(manual, average):
+        assert deviation(grads, want) <= TOLERANCE
+
+
+def uneven(counts):
+    mesh = lab.make_mesh(dp=len(counts))["dp"]
+    rank = mesh.get_local_rank()
+    model = lab.DataParallel(build("mlp"), mesh)
+    x, _ = global_batch(0)
+    start, labels = sum(counts[:rank]), torch.arange(12) % 6
+    mine = slice(start, start + counts[rank])
+    loss = lab.cross_entropy(model(x[mine]), labels[mine])
+    (loss * lab.mean_weight(counts[rank], mesh)).backward()
+    return {k: p.grad for k, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("counts", [(5, 4, 3, 0), (12, 0, 0, 0), (1, 1, 1, 9)])
+def test_uneven_and_empty_shards_are_weighted(world4, counts):
+    model, (x, _) = build("mlp"), global_batch(0)
+    lab.cross_entropy(model(x), torch.arange(12) % 6).backward()
+    want = {k: p.grad for k, p in model.named_parameters()}
+    for grads in world4.run(uneven, counts):
+        assert deviation(grads, want) <= TOLERANCE
+
+
+def test_mean_weight_refuses_what_has_no_mean(world2):
+    def refuse():
+        mesh = lab.make_mesh(dp=2)["dp"]
+        for counts in ((0, 0), (3, -1)):
+            with pytest.raises(ValueError, match="one sample in all"):
+                lab.mean_weight(counts[mesh.get_local_rank()], mesh)
+        return lab.mean_weight(1 + 2 * mesh.get_local_rank(), mesh)
+
+    assert world2.run(refuse) == [0.5, 1.5]
+
+
+def bad_models():
+    mesh = lab.make_mesh(dp=2)
+    with pytest.raises(ValueError, match="takes one, such as"):
+        lab.DataParallel(nn.Linear(2, 2), mesh)
+    with pytest.raises(ValueError, match="no parameter that needs a gradient"):
+        lab.DataParallel(nn.ReLU(), mesh["dp"])
+    with pytest.raises(ValueError, match="bucket_bytes=0"):
+        lab.DataParallel(nn.Linear(2, 2), mesh["dp"], bucket_bytes=0)
+    with pytest.raises(ValueError, match=r"rank \d of the axis holds another"):
+        lab.DataParallel(nn.Linear(2, 2 + dist.get_rank()), mesh["dp"])
+    return True
+
+
+def test_bad_input_raises_on_every_rank(world2):
+    assert world2.run(bad_models) == [True, True]
+
+
+def names_and_zeroing():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = lab.DataParallel(build("conv"), mesh)
+    inner = model.module
+    assert list(model.state_dict()) == list(inner.state_dict())
+    assert [n for n, _ in model.named_parameters()] == [
+        n for n, _ in inner.named_parameters()
+    ]
+    assert [n for n, _ in model.named_buffers()] == ["scale"]
+    model.load_state_dict(inner.state_dict())
+    x, y = global_batch(0)
+    results = []
+    for to_none in (True, False, True):
+        model.zero_grad(set_to_none=to_none)
+        ((model(x) - y) ** 2).mean().backward()
+        results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    return True
+
+
+def test_names_carry_no_prefix_and_zero_grad_works(world2):
+    assert world2.run(names_and_zeroing) == [True, True]
+
+
+def broken_backward():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = lab.DataParallel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), mesh)
+
+    class Break(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, *_):
+            raise KeyError("planted")
+
+    first, second = model.module
+    with pytest.raises(KeyError):
+        second(Break.apply(first(torch.ones(1, 2)))).sum().backward()
+    with pytest.raises(RuntimeError, match="did not end"):
+        model(torch.ones(1, 2))
+    return True
+
+
+def test_a_broken_backward_is_named(world2):
+    assert world2.run(broken_backward) == [True, True]
+
+
+def reentrant():
+    from torch.utils.checkpoint import checkpoint
+
+    mesh = lab.make_mesh(dp=2)["dp"]
+    layer = nn.Linear(3, 3)
+    model = lab.DataParallel(layer, mesh)
+    x = torch.ones(1, 3, requires_grad=True)
+    model(checkpoint(layer, x, use_reentrant=False)).sum().backward()
+    model.zero_grad()
+    out = model(checkpoint(layer, x, use_reentrant=True))
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        out.sum().backward()
+    return True
+
+
+def test_gradients_that_come_twice_are_refused(world2):
+    assert world2.run(reentrant) == [True, True]
+
+
+def mixed_dtypes():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    torch.manual_seed(dist.get_rank())
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).bfloat16())
+    model = lab.DataParallel(model, mesh)
+    first, second = model.module
+    with lab.count_comms() as log:
+        second(first(torch.ones(1, 3)).bfloat16()).float().sum().backward()
+    return log["dp"].payload_bytes == lab.data_parallel_bytes(model), [
+        p.grad.float() for p in model.parameters()
+    ]
+
+
+def test_mixed_dtypes_get_buckets_of_their_own(world2):
+    (counted0, grads0), (counted1, grads1) = world2.run(mixed_dtypes)
+    assert counted0
+    assert counted1
+    for a, b in zip(grads0, grads1, strict=True):
+        assert torch.equal(a, b)

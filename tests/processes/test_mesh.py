@@ -1,0 +1,109 @@
+"""Meshes: axes, refusals, and the groups that `make_mesh` opens and closes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import labpkg as lab
+from labpkg.processes.mesh import choose_placement
+
+
+def test_axes_are_outer_to_inner(world4):
+    def axes():
+        mesh = lab.make_mesh(tp=2, pp=2)
+        return mesh.mesh_dim_names, [mesh[a].get_local_rank() for a in ("pp", "tp")]
+
+    got = world4.run(axes)
+    assert {names for names, _ in got} == {("pp", "dp", "cp", "tp")}
+    assert [place for _, place in got] == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def test_product_must_be_the_world_size(world2):
+    def build():
+        with pytest.raises(ValueError, match=r"dp=3 \* cp=1 \* tp=1 = 3.* 2 ranks"):
+            lab.make_mesh(dp=3)
+        with pytest.raises(ValueError, match="tp=0 is not a positive int"):
+            lab.make_mesh(tp=0)
+        return True
+
+    assert world2.run(build) == [True, True]
+
+
+def test_one_process_needs_no_launcher(tmp_path):
+    code = (
+        "import labpkg as lab, torch.distributed as dist\n"
+        "mesh = lab.make_mesh()\n"
+        "print(mesh['dp'].size(), dist.get_world_size())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 1\n", "")
+
+
+def test_torchrun_ranks_close_their_group_quietly(tmp_path):
+    """The engine is alive at exit: the order of destruction must not hang."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch, labpkg as lab\n"
+        "mesh = lab.make_mesh(dp=2)\n"
+        "model = lab.DataParallel(torch.nn.Linear(4, 2), mesh['dp'])\n"
+        "model(torch.ones(1, 4)).sum().backward()\n"
+        "print('grad', model.module.weight.grad.sum().item())\n"
+    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *command, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("grad 8.0") == 2
+
+
+@pytest.mark.parametrize(
+    ("world_size", "kwargs", "part"),
+    [
+        (0, {}, "below 1"),
+        (2.0, {}, "not an int"),
+        (True, {}, "not an int"),
+        (2, {"device": "tpu"}, "choose cpu or cuda"),
+        (2, {"backend": "mpi"}, "choose gloo or nccl"),
+        (2, {"backend": "nccl", "device": "cpu"}, "one GPU per rank"),
+        (10_000, {"backend": "nccl"}, "choose backend='gloo' or fewer ranks"),
+    ],
+)
+def test_impossible_placements_are_refused(world_size, kwargs, part):
+    with pytest.raises(ValueError, match=part):
+        choose_placement(world_size, **kwargs)
+
+
+def test_placement_without_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    place = choose_placement(4)
+    assert (place.device, place.backend) == ("cpu", "gloo")
+    assert place.reason == "torch sees no GPU"
+    with pytest.raises(ValueError, match="choose device='cpu'"):
+        choose_placement(1, device="cuda")
+
+
+def test_placement_with_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    assert choose_placement(2).backend == "nccl"
+    assert choose_placement(2).reason == "one of 2 GPUs per rank"
+    assert choose_placement(4).device == "cpu"
+    assert choose_placement(4).reason == "2 GPUs are too few for one per rank"
+    shared = choose_placement(4, device="cuda")
+    assert (shared.device, shared.backend) == ("cuda", "gloo")
+    assert choose_placement(2, backend="gloo").device == "cpu"
+
+
+def test_windows_is_sent_to_wsl(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(RuntimeError, match="WSL"):
+        choose_placement(2)
