@@ -1,0 +1,341 @@
+"""A rank: a process that joins the group, calls one function and reports the result.
+
+A rank is forked for one run and killed after it. It never decides when the run is over:
+having reported, it waits, because a peer may still be inside a collective with it. A
+thread beside the function watches the socket to the kernel: it tells where the function
+is when asked, and ends the rank when the kernel is gone.
+
+The messages between kernel and rank are defined here too. Each is one byte with the
+descriptor of an anonymous memory file that holds pickles, so that no message is ever
+half read and a stopped rank cannot block the kernel: `v` value, `f` failure, `s` where
+the function is (the answer to `?`).
+
+Chapter: processes/ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import json
+import mmap
+import os
+import pickle
+import random
+import re
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import IO, Any, NoReturn
+
+import cloudpickle
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from labpkg.processes.diagnosis import Failure, Where
+
+_FOREVER = timedelta(days=365)  # the kernel keeps the time: its diagnosis comes first
+_LOST_PEER = re.compile(
+    r"connection (was likely )?(closed|reset|refused)|broken pipe|connect timeout"
+    r"|remote process exited|socket (error|timeout)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What the ranks of one run have in common; the function travels beside it.
+
+    Attributes:
+        world_size: Number of ranks.
+        device: `"cpu"` or `"cuda"`.
+        backend: Backend of the process group.
+        port: Port of the store, which rank 0 serves.
+        seed: Every random generator of every rank starts from it.
+        max_result_bytes: A larger result is an error.
+        environment: The environment variables of the kernel, and those of the job.
+        path: `sys.path` of the kernel.
+        directory: Working directory of the kernel.
+    """
+
+    world_size: int
+    device: str
+    backend: str
+    port: int
+    seed: int
+    max_result_bytes: int
+    environment: dict[str, str]
+    path: list[str]
+    directory: str
+
+
+class _Pickler(cloudpickle.CloudPickler):
+    """Pickle tensors as CPU tensors, and a small view without its large storage."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Return how to rebuild `obj`; overrides `cloudpickle`'s choice."""
+        if type(obj) is torch.Tensor and obj.layout is torch.strided:
+            on_gpu = obj.device.type not in ("cpu", "meta")
+            if on_gpu or obj.untyped_storage().nbytes() > 2 * obj.nbytes + 4096:
+                copy = obj.detach().cpu().clone().requires_grad_(obj.requires_grad)
+                return copy.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return super().reducer_override(obj)
+
+
+class _Bounded:
+    """A file that refuses to grow beyond a limit."""
+
+    def __init__(self, file: IO[bytes], max_bytes: int) -> None:
+        self._file, self._max_bytes, self._left = file, max_bytes, max_bytes
+
+    def write(self, data: Any) -> int:
+        self._left -= memoryview(data).nbytes
+        if self._left < 0:
+            raise ValueError(
+                f"the result exceeds max_result_bytes={self._max_bytes}; return less, "
+                f"save it to a file, or make the World with a higher limit"
+            )
+        return self._file.write(data)
+
+
+def dump(*values: Any, max_bytes: int | None = None) -> IO[bytes]:
+    """Pickle values, each on its own, into an anonymous memory file.
+
+    Args:
+        *values: Anything that cloudpickle takes; tensors are moved to the CPU.
+        max_bytes: Limit of the file; None for no limit.
+
+    Raises:
+        ValueError: If the file would exceed the limit.
+    """
+    if hasattr(os, "memfd_create"):
+        file: IO[bytes] = os.fdopen(os.memfd_create("labpkg"), "w+b")
+    else:  # macOS
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    try:
+        target = file if max_bytes is None else _Bounded(file, max_bytes)
+        for value in values:
+            _Pickler(target, pickle.HIGHEST_PROTOCOL).dump(value)
+        file.flush()
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def load(fd: int) -> Iterator[Any]:
+    """Yield the values of a message one after the other, and close it.
+
+    Args:
+        fd: Descriptor of the memory file; several processes may read it at a time.
+    """
+    with (
+        open(fd, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
+    ):
+        while view.tell() < len(view):
+            yield pickle.load(view)
+
+
+def send_message(sock: socket.socket, kind: bytes, file: IO[bytes] | None) -> None:
+    """Send a message; a receiver that has gone is not an error.
+
+    Args:
+        sock: Where to.
+        kind: The one byte that says what it is.
+        file: What `dump` returned, or None.
+    """
+    fds = [] if file is None else [file.fileno()]
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        socket.send_fds(sock, [kind], fds)
+
+
+def one_line(error: BaseException) -> str:
+    """Return type and text of an error without its traceback."""
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
+def main(
+    number: int,
+    sock_fd: int,
+    out_fd: int,
+    payload_fd: int,
+    listen_fd: int | None = None,
+) -> NoReturn:
+    """Be a rank: called in the child of the fork server.
+
+    Args:
+        number: The number of the rank.
+        sock_fd: The socket to the kernel.
+        out_fd: The pipe that takes what the rank prints.
+        payload_fd: A message with the `Job` and then the call.
+        listen_fd: The listening socket of the store, for the rank that serves it.
+    """
+    os.setpgid(0, 0)
+    _redirect_output(out_fd)
+    faulthandler.enable(file=2)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
+    sock = socket.socket(fileno=sock_fd)
+    arguments = (sock, threading.get_ident())
+    threading.Thread(target=_listen, args=arguments, daemon=True).start()
+    kind, file = _report(lambda: _run(number, load(payload_fd), listen_fd))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    send_message(sock, kind, file)
+    while True:  # peers may still need this rank: the kernel kills all together
+        signal.pause()
+
+
+def _redirect_output(out_fd: int) -> None:
+    for fd in (1, 2):
+        os.dup2(out_fd, fd)
+    os.close(out_fd)
+    sys.stdout, sys.stderr = (
+        open(  # noqa: SIM115 - for the life of the process
+            fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace"
+        )
+        for fd in (1, 2)
+    )
+
+
+def _listen(sock: socket.socket, function_thread: int) -> None:
+    while True:
+        kind = b""
+        # A kernel that dies with a message unread resets the connection.
+        with contextlib.suppress(ConnectionResetError):
+            kind = sock.recv(1)
+        if not kind:
+            os.killpg(0, signal.SIGKILL)
+        send_message(sock, b"s", dump(_where(function_thread)))
+
+
+def _report(run: Callable[[], IO[bytes]]) -> tuple[bytes, IO[bytes]]:
+    try:
+        return b"v", run()
+    except BaseException as error:  # SystemExit too: a rank that leaves has failed
+        failure = Failure(
+            time_s=time.monotonic(),
+            summary=one_line(error),
+            traceback="".join(traceback.format_exception(_without_own_frames(error))),
+            is_victim=_is_victim(error),
+        )
+        return b"f", dump(failure)
+
+
+def _run(number: int, payload: Iterator[Any], listen_fd: int | None) -> IO[bytes]:
+    job: Job = next(payload)
+    _enter(number, job)
+    _join(number, job, listen_fd)
+    function, args, kwargs = next(payload)
+    _seed(job.seed)
+    value = function(*args, **kwargs)
+    try:
+        return dump(value, max_bytes=job.max_result_bytes)
+    except ValueError:
+        raise
+    except Exception as error:
+        text = f"the returned value cannot be pickled: {one_line(error)}"
+        raise TypeError(text) from None
+
+
+def _enter(number: int, job: Job) -> None:
+    os.environ.clear()
+    own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+    os.environ.update(job.environment | own)
+    sys.path[:] = job.path
+    os.chdir(job.directory)
+    torch.set_num_threads(1)
+    if job.device == "cuda":
+        gpu = torch.device("cuda", number % torch.cuda.device_count())
+        torch.cuda.set_device(gpu)
+        torch.set_default_device(gpu)  # on the CPU it is the default, and costs time
+
+
+def _join(number: int, job: Job, listen_fd: int | None) -> None:
+    dist.set_debug_level_from_env()  # it was read when torch was imported
+    # The kernel has bound the listening socket to the loopback: left alone, TCPStore
+    # listens on every interface, whatever its host name.
+    store = dist.TCPStore(
+        "127.0.0.1",
+        job.port,
+        is_master=listen_fd is not None,
+        master_listen_fd=listen_fd,
+        wait_for_workers=False,
+        timeout=_FOREVER,
+    )
+    dist.init_process_group(
+        job.backend,
+        store=store,
+        rank=number,
+        world_size=job.world_size,
+        timeout=_FOREVER,
+    )
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _without_own_frames(error: BaseException) -> BaseException:
+    trace = error.__traceback__
+    while trace and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return error.with_traceback(trace)
+
+
+def _is_victim(error: BaseException | None) -> bool:
+    while error is not None:
+        is_network = isinstance(error, (RuntimeError, ConnectionError))
+        if is_network and _LOST_PEER.search(one_line(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _where(thread: int) -> Where:
+    frames = traceback.extract_stack(sys._current_frames()[thread])
+    own = [i for i, frame in enumerate(frames) if frame.filename == __file__]
+    frames = frames[own[-1] + 1 :] if own else frames
+    names = [
+        frame.name
+        for frame in frames
+        if frame.filename.endswith("distributed_c10d.py") and frame.name != "wrapper"
+    ]
+    collective, num_issued = _flight_record()
+    return Where(
+        collective=collective or (names[0] if names else ""),
+        num_issued=num_issued,
+        stack="".join(traceback.format_list(frames)),
+    )
+
+
+def _flight_record() -> tuple[str, int]:
+    """Return the pending collective with its sizes, and how many were issued.
+
+    torch's flight recorder knows asynchronous collectives too, but not send and recv.
+    """
+    # A private format: where it differs, the Python stack says enough.
+    with contextlib.suppress(AttributeError, ImportError, KeyError, ValueError):
+        c10d = importlib.import_module("torch._C._distributed_c10d")
+        trace = c10d._dump_fr_trace_json(includeCollectives=True, onlyActive=False)
+        entries = json.loads(trace)["entries"]
+        num_issued = max((entry["record_id"] + 1 for entry in entries), default=0)
+        pending = [entry for entry in entries if not entry["retired"]]
+        if not pending:
+            return "", num_issued
+        name = pending[0]["profiling_name"].split(":")[-1]
+        sizes = ", ".join(map(str, pending[0]["input_sizes"]))
+        number, group = pending[0]["collective_seq_id"], pending[0]["process_group"][0]
+        return f"{name} {sizes} (number {number} in group {group})", num_issued
+    return "", 0
