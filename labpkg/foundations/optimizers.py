@@ -1,0 +1,220 @@
+"""SGD and AdamW as written in the papers, in torch's optimizer protocol.
+
+Contract: each step equals `torch.optim` to rounding; learning-rate schedulers,
+parameter groups and `state_dict` work as there; a parameter whose gradient is None is
+left alone (AdamW would decay it otherwise). Each update is a few operations on *lists*
+of tensors (`torch._foreach_*`), a few kernels for the whole model on a GPU.
+
+Notation: p parameter, g gradient, m first moment, v second moment, t step.
+
+Chapter: foundations/gradient_descent.
+References: Sutskever et al. 2013 (momentum, Nesterov); Kingma and Ba 2015,
+arXiv:1412.6980 (Adam); Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+
+class _ListOptimizer(torch.optim.Optimizer):
+    """Update all parameters of a group at once; a subclass says how."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: recomputes the loss, as in `torch.optim.Optimizer.step`.
+
+        Returns:
+            What the closure returned, else None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, [p.grad for p in params], group)
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters with its own hyperparameters.
+
+        Args:
+            param_group: "params" and what differs from the defaults.
+
+        Raises:
+            ValueError: if a hyperparameter is out of range.
+        """
+        self._check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _update(
+        self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        raise NotImplementedError
+
+    def _moments(self, params: list[Tensor], name: str) -> list[Tensor]:
+        for p in params:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(p)
+        return [self.state[p][name] for p in params]
+
+
+class SGD(_ListOptimizer):
+    """Stochastic gradient descent with momentum.
+
+    g <- g + weight_decay p;  m <- momentum m + g;  p <- p - lr m, or with Nesterov
+    p <- p - lr (g + momentum m). Without momentum there is no state; with it, one
+    tensor per parameter.
+
+    Args:
+        params: parameters, or dictionaries that describe groups.
+        lr: learning rate, >= 0.
+        momentum: in [0, 1).
+        nesterov: look one momentum step ahead; needs momentum > 0.
+        weight_decay: L2 coefficient added to the gradient, >= 0.
+
+    Raises:
+        ValueError: if a hyperparameter is out of range.
+
+    Reference:
+        Sutskever, Martens, Dahl, Hinton 2013, On the importance of initialization and
+        momentum in deep learning.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: float,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        _require_at_least_zero(group, "lr", "weight_decay")
+        _require_below_one("momentum", group["momentum"])
+        if group["nesterov"] and group["momentum"] == 0:
+            raise ValueError(
+                "nesterov=True with momentum=0 has no effect; choose momentum=0.9"
+            )
+
+    def _update(
+        self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        if group["weight_decay"]:
+            grads = [*torch._foreach_add(grads, params, alpha=group["weight_decay"])]
+        if momentum:
+            m = self._moments(params, "momentum_buffer")  # first step: m = g
+            torch._foreach_mul_(m, momentum)
+            torch._foreach_add_(m, grads)
+            if group["nesterov"]:
+                grads = [*torch._foreach_add(grads, m, alpha=momentum)]
+            else:
+                grads = m
+        torch._foreach_add_(params, grads, alpha=-lr)
+
+
+class AdamW(_ListOptimizer):
+    """Adam with weight decay taken out of the gradient.
+
+    p <- p - lr weight_decay p;  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;
+    p <- p - lr m' / (sqrt(v') + eps) with m' = m / (1 - b1^t), v' = v / (1 - b2^t).
+    State: two tensors per parameter. Each parameter counts its own steps t, because
+    one without a gradient takes no step.
+
+    Args:
+        params: parameters, or dictionaries that describe groups.
+        lr: learning rate, >= 0.
+        betas: (b1, b2), each in [0, 1).
+        eps: added to the root, >= 0.
+        weight_decay: decay per unit of lr, >= 0.
+
+    Raises:
+        ValueError: if a hyperparameter is out of range.
+
+    Reference:
+        Loshchilov and Hutter 2019, Decoupled weight decay regularization,
+        arXiv:1711.05101.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        _require_at_least_zero(group, "lr", "eps", "weight_decay")
+        for beta in group["betas"]:
+            _require_below_one("betas", beta)
+
+    def _update(
+        self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        lr, (b1, b2) = group["lr"], group["betas"]
+        m = self._moments(params, "exp_avg")
+        v = self._moments(params, "exp_avg_sq")
+        for p in params:
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+        steps = [self.state[p]["step"] for p in params]
+
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_lerp_(m, grads, 1 - b1)
+        torch._foreach_mul_(v, b2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - b2)
+        denominator = torch._foreach_sqrt(v)
+        torch._foreach_div_(denominator, [(1 - b2**t) ** 0.5 for t in steps])
+        torch._foreach_add_(denominator, group["eps"])
+        step_sizes = [-lr / (1 - b1**t) for t in steps]
+        torch._foreach_addcdiv_(params, m, denominator, step_sizes)
+
+
+def _require_at_least_zero(group: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if not 0.0 <= group[name] < float("inf"):  # also refuses nan
+            raise ValueError(
+                f"{name}={group[name]} must be a finite number >= 0; choose e.g. "
+                f"{name}={0.01 if name != 'eps' else 1e-8}"
+            )
+
+
+def _require_below_one(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(
+            f"{name} has the value {value}, outside [0, 1): the running mean would "
+            "not forget; choose e.g. 0.9"
+        )

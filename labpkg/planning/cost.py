@@ -1,0 +1,99 @@
+"""What communication costs, as formulas: bytes before a single byte is sent.
+
+Contract: S is the payload, the bytes of the full logical tensor; n is the number of
+ranks on the axis. `wire_bytes` says what one rank sends for it. The counters of
+`labpkg.count_comms` report both numbers, so each formula is an assertion in a chapter.
+
+Standard library only.
+
+Chapters: processes/collectives, processes/communication_cost,
+parallelism/data_parallel.
+References: Thakur, Rabenseifner, Gropp 2005, Optimization of collective communication
+operations in MPICH, doi:10.1177/1094342005051521; Patarasuk and Yuan 2009, Bandwidth
+optimal all-reduce algorithms for clusters of workstations,
+doi:10.1016/j.jpdc.2008.09.002.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+# Bytes sent by one rank per byte of payload, on a ring of n > 1 ranks.
+_SENT_PER_PAYLOAD_BYTE = {
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "all_gather": lambda n: (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "all_to_all": lambda n: (n - 1) / n,
+    "broadcast": lambda n: 1.0,
+    "reduce": lambda n: 1.0,
+    "send": lambda n: 1.0,
+}
+
+
+class _Parameter(Protocol):
+    @property
+    def requires_grad(self) -> bool: ...
+    def numel(self) -> int: ...
+    def element_size(self) -> int: ...
+
+
+class _Model(Protocol):
+    def parameters(self) -> Iterable[_Parameter]: ...
+
+
+def wire_bytes(op: str, payload_bytes: float, n: int) -> float:
+    """Return the bytes that one rank sends for one collective.
+
+    A ring moves the least that any algorithm can: all_reduce 2 (n - 1)/n S (a
+    reduce_scatter, then an all_gather), reduce_scatter and all_gather (n - 1)/n S,
+    all_to_all (n - 1)/n S because a rank keeps its own piece. broadcast, reduce and
+    send cost S on the rank that sends (the root of a pipelined broadcast; in a reduce
+    every rank but the root).
+
+    Args:
+        op: name of the collective, as in `labpkg.all_reduce`.
+        payload_bytes: S, bytes of the full logical tensor: the input of all_reduce,
+            reduce_scatter, all_to_all, broadcast, reduce and send; the output of
+            all_gather.
+        n: ranks that take part; with one rank nothing is sent.
+
+    Returns:
+        Bytes, a float because a ring piece is S/n.
+
+    Raises:
+        ValueError: for an unknown `op`, a negative payload or n < 1.
+
+    Reference:
+        Thakur et al. 2005 and Patarasuk and Yuan 2009, see the module.
+    """
+    if op not in _SENT_PER_PAYLOAD_BYTE:
+        known = ", ".join(sorted(_SENT_PER_PAYLOAD_BYTE))
+        raise ValueError(f"op={op!r} is not a collective; choose one of {known}")
+    if payload_bytes < 0 or n < 1:
+        raise ValueError(
+            f"payload_bytes={payload_bytes} and n={n} must be at least 0 and 1; "
+            "give the size of the full tensor and the number of ranks"
+        )
+    return _SENT_PER_PAYLOAD_BYTE[op](n) * payload_bytes if n > 1 else 0.0
+
+
+def data_parallel_bytes(model: _Model) -> int:
+    """Return the payload bytes that `labpkg.DataParallel` all-reduces per step.
+
+    Each gradient travels once, and with each parameter one more element: the flag that
+    tells whether any rank used it. So the sum is itemsize x (elements + parameters),
+    over the parameters that require a gradient.
+
+    Args:
+        model: anything with `.parameters()` (a tied parameter must come once, as
+            `torch.nn.Module` does it).
+
+    Returns:
+        Payload bytes; `wire_bytes("all_reduce", ..., n)` turns them into sent bytes.
+    """
+    return sum(
+        parameter.element_size() * (parameter.numel() + 1)
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    )

@@ -1,0 +1,254 @@
+import os
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from torch.utils.data import Dataset, TensorDataset
+
+from labpkg.foundations.data import (
+    ByteWindows,
+    batches,
+    digits,
+    file_text,
+    stdlib_text,
+)
+
+
+@dataclass
+class Axis:
+    """The part of a device mesh that `batches` reads."""
+
+    rank: int
+    num_ranks: int
+
+    def size(self) -> int:
+        return self.num_ranks
+
+    def get_local_rank(self) -> int:
+        return self.rank
+
+
+class Squares(Dataset):
+    """A dataset that only answers one sample at a time."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((2,), float(index)), index**2
+
+
+def numbers(num_samples: int) -> TensorDataset:
+    return TensorDataset(torch.arange(num_samples))
+
+
+def concatenated(pieces) -> list[int]:
+    return list(chain.from_iterable(pieces))
+
+
+def drawn(data, **options) -> list[list[int]]:
+    return [batch[0].tolist() for batch in batches(data, **options)]
+
+
+@settings(deadline=None)
+@given(
+    num_samples=st.integers(1, 40),
+    batch=st.integers(1, 50),
+    num_ranks=st.integers(1, 9),
+    steps=st.one_of(st.none(), st.integers(0, 7)),
+    seed=st.integers(0, 2**40),
+)
+def test_ranks_together_see_the_batches_of_one_process(
+    num_samples, batch, num_ranks, steps, seed
+):
+    data = numbers(num_samples)
+    options = {"global_batch_size": batch, "steps": steps, "seed": seed}
+    whole = drawn(data, **options)
+    parts = [drawn(data, **options, shard=Axis(r, num_ranks)) for r in range(num_ranks)]
+    assert [concatenated(pieces) for pieces in zip(*parts, strict=True)] == whole
+    for pieces in zip(*parts, strict=True):
+        sizes = [len(piece) for piece in pieces]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@settings(deadline=None)
+@given(
+    num_samples=st.integers(1, 30),
+    batch=st.integers(1, 40),
+    steps=st.integers(1, 8),
+    start=st.integers(0, 8),
+)
+def test_a_resumed_run_sees_the_rest(num_samples, batch, steps, start):
+    data, start = numbers(num_samples), min(start, steps)
+    options = {"global_batch_size": batch, "steps": steps, "seed": 5}
+    assert drawn(data, **options)[start:] == drawn(data, **options, start_step=start)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 10, 25])
+def test_each_epoch_uses_each_sample_once(batch):
+    steps = -(-30 // batch)
+    order = concatenated(
+        drawn(numbers(10), global_batch_size=batch, steps=steps, seed=1)
+    )
+    epochs = [order[i : i + 10] for i in range(0, 30, 10)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_without_steps_it_is_one_epoch_with_a_smaller_last_batch():
+    epoch = drawn(numbers(10), global_batch_size=4, seed=0)
+    assert [len(batch) for batch in epoch] == [4, 4, 2]
+    assert sorted(concatenated(epoch)) == list(range(10))
+
+
+def test_the_seed_decides():
+    options = {"global_batch_size": 50, "steps": 1}
+    first = drawn(numbers(50), **options, seed=1)
+    torch.manual_seed(99)
+    assert drawn(numbers(50), **options, seed=1) == first
+    assert drawn(numbers(50), **options, seed=2) != first
+
+
+def test_late_start_is_not_replayed():
+    start = 10**12
+    stream = batches(
+        numbers(100_000),
+        global_batch_size=64,
+        steps=start + 1,
+        seed=0,
+        start_step=start,
+    )
+    began = time.process_time()
+    assert len(next(stream)[0]) == 64
+    assert time.process_time() - began < 1.0
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_dataset_of_single_samples_works(rank):
+    options = {"global_batch_size": 2, "steps": 3, "seed": 0, "shard": Axis(rank, 3)}
+    for (x, y), (i,) in zip(
+        batches(Squares(7), **options), batches(numbers(7), **options), strict=True
+    ):
+        assert x.shape == (len(i), 2)
+        assert torch.equal(x[:, 0], i.float())
+        assert torch.equal(y, i**2)
+
+
+def test_tensors_arrive_on_the_default_device():
+    stream = batches(numbers(8), global_batch_size=2, seed=0)
+    assert next(stream)[0].device.type == "cpu"
+    with torch.device("meta"):
+        assert next(stream)[0].device.type == "meta"
+
+
+def test_bad_batches_raise_at_the_call():
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        batches(numbers(0), global_batch_size=1, seed=0)
+    with pytest.raises(ValueError, match="global_batch_size=0"):
+        batches(numbers(3), global_batch_size=0, seed=0)
+    with pytest.raises(ValueError, match="seed=-1"):
+        batches(numbers(3), global_batch_size=1, seed=-1)
+    with pytest.raises(ValueError, match="start_step=4 is not in the run of 3 steps"):
+        batches(numbers(3), global_batch_size=1, seed=0, start_step=4)
+
+
+def test_digits_are_all_there_and_balanced():
+    train, test = digits("train"), digits("test")
+    assert (len(train), len(test)) == (1442, 355)
+    x, y = train.tensors
+    assert (x.dtype, x.shape, y.dtype) == (torch.float32, (1442, 64), torch.int64)
+    assert (x.min(), x.max()) == (0.0, 1.0)
+    both = torch.bincount(torch.cat([y, test.tensors[1]]))
+    share = torch.bincount(test.tensors[1]) / both
+    assert share.min() > 0.19
+    assert share.max() <= 0.2
+    original = load_digits().data.sum() / 16  # pyright: ignore
+    assert x.sum().item() + test.tensors[0].sum().item() == pytest.approx(original)
+
+
+def test_windows_are_the_text_shifted_by_one():
+    text = bytes(range(1, 24))
+    windows = ByteWindows(text, sequence_length=5)
+    assert len(windows) == 4  # 22 targets hold four windows of 5
+    for i in range(4):
+        x, y = windows[i]
+        assert bytes(x.tolist()) == text[5 * i : 5 * i + 5]
+        assert bytes(y.tolist()) == text[5 * i + 1 : 5 * i + 6]
+    x, y = windows[torch.tensor([2, 0])]
+    assert x.dtype == y.dtype == torch.int64
+    assert torch.equal(x, torch.stack([windows[2][0], windows[0][0]]))
+    assert torch.equal(y, torch.stack([windows[2][1], windows[0][1]]))
+    with pytest.raises(IndexError):
+        windows[4]
+
+
+def test_windows_fit_to_the_last_byte():
+    assert len(ByteWindows(b"abcdef", sequence_length=5)) == 1
+    assert len(ByteWindows(b"abcde" * 2 + b"f", sequence_length=5)) == 2
+    with pytest.raises(ValueError, match="5 bytes are too short"):
+        ByteWindows(b"abcde", sequence_length=5)
+    with pytest.raises(ValueError, match="sequence_length=0"):
+        ByteWindows(b"abcde", sequence_length=0)
+
+
+def test_stdlib_text_is_source_split_by_file():
+    began = time.process_time()
+    train = stdlib_text("train", sequence_length=64)
+    validation = stdlib_text("validation", sequence_length=64)
+    assert time.process_time() - began < 2.0
+    assert train.text.dtype == torch.uint8
+    texts = [bytes(data.text.numpy()) for data in (train, validation)]
+    assert sum(map(len, texts)) > 5_000_000
+    assert 0.05 < len(texts[1]) / sum(map(len, texts)) < 0.2
+    assert [Path(os.__file__).read_bytes() in text for text in texts].count(True) == 1
+    assert not any(Path(torch.__file__).read_bytes() in text for text in texts)
+
+
+def test_stdlib_text_is_the_same_in_another_process():
+    code = (
+        "from labpkg.foundations.data import stdlib_text; import zlib;"
+        "print(zlib.crc32(stdlib_text('validation').text.numpy()))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    printed = subprocess.check_output([sys.executable, "-c", code], env=environment)
+    assert int(printed) == zlib.crc32(stdlib_text("validation").text.numpy())
+
+
+def test_file_text_is_split_by_position(tmp_path):
+    path = tmp_path / "text.bin"
+    path.write_bytes(bytes(range(200)))
+    train = file_text(path, "train", sequence_length=10)
+    validation = file_text(path, "validation", sequence_length=10)
+    assert bytes(train.text.numpy()) == bytes(range(180))
+    assert bytes(validation.text.numpy()) == bytes(range(180, 200))
+
+
+def test_bad_files_raise(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read .*none\.txt.*No such file"):
+        file_text(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match=r"cannot read .*Is a directory"):
+        file_text(tmp_path)
+    (tmp_path / "empty").write_bytes(b"")
+    with pytest.raises(ValueError, match="empty', train part: 0 bytes are too short"):
+        file_text(tmp_path / "empty")
+    (tmp_path / "short").write_bytes(b"x" * 1000)
+    with pytest.raises(ValueError, match="short', validation part: 100 bytes"):
+        file_text(tmp_path / "short", "validation")
+
+
+@pytest.mark.parametrize("load", [digits, stdlib_text])
+def test_an_unknown_split_raises(load):
+    with pytest.raises(ValueError, match="split='dev' is unknown; choose train or"):
+        load("dev")
