@@ -1,8 +1,5 @@
 import os
-import subprocess
-import sys
 import time
-import zlib
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -216,14 +213,12 @@ def test_stdlib_text_is_source_split_by_file():
     assert not any(Path(torch.__file__).read_bytes() in text for text in texts)
 
 
-def test_stdlib_text_is_the_same_in_another_process():
-    code = (
-        "from labpkg.foundations.data import stdlib_text; import zlib;"
-        "print(zlib.crc32(stdlib_text('validation').text.numpy()))"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    printed = subprocess.check_output([sys.executable, "-c", code], env=environment)
-    assert int(printed) == zlib.crc32(stdlib_text("validation").text.numpy())
+def test_the_split_of_a_file_never_changes():
+    # Pinned: python's own hash() would differ from process to process.
+    validation = bytes(stdlib_text("validation").text.numpy())
+    for name in ("os.py", "json/decoder.py", "tarfile.py", "xml/etree/ElementTree.py"):
+        source = (Path(os.__file__).parent / name).read_bytes()
+        assert (source in validation) == name.startswith(("tarfile", "xml"))
 
 
 def test_file_text_is_split_by_position(tmp_path):

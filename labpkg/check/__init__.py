@@ -1,0 +1,24 @@
+"""Checkers for the exercises of the book: `lab.check.<name>(your_function)`.
+
+A checker runs the function on cases, prints `ok 12 cases` or the first failing case
+with a hint, and returns a `CheckResult` that is false on failure. It never raises for a
+wrong answer.
+"""
+
+from labpkg.check.cross_entropy_exercises import (
+    cross_entropy,
+    cross_entropy_gradient,
+    label_smoothing,
+    softmax,
+    weighted_mean,
+)
+from labpkg.check.result import CheckResult
+
+__all__ = [
+    "CheckResult",
+    "cross_entropy",
+    "cross_entropy_gradient",
+    "label_smoothing",
+    "softmax",
+    "weighted_mean",
+]

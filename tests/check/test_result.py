@@ -1,0 +1,152 @@
+import pytest
+import torch
+
+from labpkg.check.result import CheckResult, Exercise
+
+DOUBLE = Exercise(
+    name="double",
+    arguments=("x",),
+    reference=lambda x: 2 * x,
+    cases=[(torch.tensor([1.0, 2.0]),), (torch.tensor([3.0]),)],
+    mistakes={"you squared it": lambda x: x**2},
+    hint="multiply by two",
+)
+PIECES = Exercise(
+    name="pieces",
+    arguments=("x", "n"),
+    reference=lambda x, n: list(x.chunk(n)),
+    cases=[(torch.arange(4.0), 2)],
+    mistakes={},
+    hint="n pieces",
+)
+
+
+def test_a_right_answer_is_one_line(capsys):
+    result = DOUBLE.check(lambda x: x + x)
+    assert capsys.readouterr().out == "ok 2 cases\n"
+    assert result
+    assert result == CheckResult(passed=True, cases=2, message="ok 2 cases", hint="")
+
+
+def test_a_wrong_answer_shows_input_got_expected_and_hint(capsys):
+    result = DOUBLE.check(lambda x: x + 2)
+    assert not result
+    assert (result.passed, result.cases, result.hint) == (False, 2, "multiply by two")
+    assert result.message == (
+        "FAIL case 1 of 2\n"
+        "  input    x = [1, 2]\n"
+        "  got      [3, 4]\n"
+        "  expected [2, 4]\n"
+        "hint: multiply by two"
+    )
+    assert capsys.readouterr().out == result.message + "\n"
+    assert repr(result) == "CheckResult(passed=False, cases=2)"
+
+
+def test_the_first_failing_case_is_reported():
+    result = DOUBLE.check(lambda x: 2 * x if len(x) == 2 else x)
+    assert result.message.startswith("FAIL case 2 of 2\n  input    x = [3]")
+
+
+def test_a_known_mistake_is_named():
+    assert DOUBLE.check(lambda x: x * x).hint == "you squared it"
+
+
+def test_a_returned_input_is_named():
+    assert "returns its argument unchanged" in DOUBLE.check(lambda x: x).hint
+
+
+@pytest.mark.parametrize(
+    ("answer", "hint"),
+    [
+        (lambda x: None, "returns nothing; end it with a return statement"),
+        (lambda x: x[0], "return a tensor of shape (2,), not a scalar"),
+        (lambda x: [2 * x], "return a tensor of shape (2,), not a list of 1"),
+        (lambda x: "four", "return a tensor of shape (2,), not a str"),
+        (lambda x: x + 2j, "return a tensor of shape (2,), not a Tensor"),
+        (lambda x: x * torch.nan, "multiply by two"),
+    ],
+)
+def test_other_kinds_of_answers(answer, hint):
+    result = DOUBLE.check(answer)
+    assert not result
+    assert hint in result.hint
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda x: (2 * x).numpy(),
+        lambda x: (2 * x).double().requires_grad_(),
+        lambda x: (2 * x).int(),
+    ],
+)
+def test_any_numeric_form_is_accepted(answer):
+    assert DOUBLE.check(answer)
+
+
+def test_a_changed_argument_is_refused_and_spoils_nothing():
+    result = DOUBLE.check(lambda x: x.mul_(2))
+    assert "changes its argument x; work on a copy" in result.hint
+    assert "x is now [2, 4]" in result.message
+    assert DOUBLE.check(lambda x: 2 * x)
+
+
+def test_a_crash_shows_only_the_frames_of_the_reader():
+    def inner(x):
+        raise KeyError("no such key")
+
+    def answer(x):
+        return inner(x)
+
+    result = DOUBLE.check(answer)
+    assert "\n  KeyError: 'no such key'\n" in result.message
+    assert "in inner" in result.message
+    assert "in answer" in result.message
+    assert "labpkg/check/result.py" not in result.message
+    assert "raises KeyError" in result.hint
+
+
+def test_leaving_the_interpreter_is_a_wrong_answer():
+    assert not DOUBLE.check(lambda x: exit(1))
+
+
+def test_an_interrupt_passes_through():
+    def answer(x):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        DOUBLE.check(answer)
+
+
+def test_a_wrong_signature_tells_the_right_one():
+    result = DOUBLE.check(lambda: 3)
+    assert "TypeError" in result.message
+    assert result.hint == "the function is called as double(x)"
+
+
+@pytest.mark.parametrize("not_a_function", [None, torch.ones(2), 3])
+def test_something_that_is_not_a_function(not_a_function):
+    result = DOUBLE.check(not_a_function)
+    assert "is not a function" in result.message
+    assert result.hint == "pass the function itself: check.double(double)"
+
+
+def test_sequences_of_tensors_are_compared_one_by_one():
+    assert PIECES.check(lambda x, n: x.chunk(n))
+    assert not PIECES.check(lambda x, n: [x, x])
+    assert PIECES.check(lambda x, n: [x]).hint == "return a list of 2, not a list of 1"
+    assert PIECES.check(lambda x, n: x).hint.startswith("the function returns its arg")
+
+
+def test_a_large_tensor_is_shown_by_its_shape():
+    large = Exercise(
+        name="double",
+        arguments=("x",),
+        reference=lambda x: 2 * x,
+        cases=[(torch.ones(10, 10),)],
+        mistakes={},
+        hint="multiply by two",
+    )
+    message = large.check(lambda x: x + 2).message
+    assert "got      a tensor of shape (10, 10), mean 3" in message
