@@ -110,8 +110,8 @@ class _Bucket:
     without a further collective. A rank that used them all need not read the answer.
     """
 
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self.parameters = parameters
+    def __init__(self, parameters: list[Tensor], num_ranks: int) -> None:
+        self.parameters, self.share = parameters, 1 / num_ranks
         num_elements = sum(p.numel() for p in parameters)
         self.flat = parameters[0].new_zeros(num_elements + len(parameters))
         self.views = flat_views(self.flat, parameters)
@@ -120,26 +120,30 @@ class _Bucket:
         self.unused: list[int] = []
         self.work: Work | None = None
 
-    def take(self, i: int) -> None:
-        """Make the gradient of parameter i live in the bucket."""
+    def take(self, i: int, scale: float = 1.0) -> None:
+        """Make the gradient of parameter i live in the bucket, multiplied by `scale`."""
         gradient, view = self.parameters[i].grad, self.views[i]
         assert gradient is not None
-        if gradient.data_ptr() != view.data_ptr():
-            with torch.no_grad():
-                view.copy_(gradient)
-            self.parameters[i].grad = view
+        # Scaling on the way in costs nothing; a mean by gloo is one more pass.
+        with torch.no_grad():
+            if gradient.data_ptr() != view.data_ptr():
+                torch.mul(gradient, scale, out=view)
+                self.parameters[i].grad = view
+            elif scale != 1:
+                view.mul_(scale)
 
     def launch(self, mesh: DeviceMesh) -> None:
         """Start averaging; a parameter without a gradient counts as zero and unused."""
-        self.unused = [i for i, p in enumerate(self.parameters) if p.grad is None]
+        late = [i for i in range(len(self.parameters)) if i not in self.ready]
+        self.unused = [i for i in late if self.parameters[i].grad is None]
         self.flags.fill_(1)
-        for i in range(len(self.parameters)):
+        for i in late:
             if i in self.unused:
                 self.views[i].zero_()
                 self.flags[i] = 0
-            else:
-                self.take(i)
-        self.work = all_reduce_(self.flat, mesh, op="mean")
+            else:  # accumulated under `no_sync`, and not used since
+                self.take(i, self.share)
+        self.work = all_reduce_(self.flat, mesh)
 
     def finish(self) -> None:
         """Wait, and give every parameter that some rank used its mean gradient."""
@@ -195,7 +199,8 @@ class DataParallel(nn.Module):
         _check_replicas(module, mesh)
         _broadcast_state(module, mesh)
         self._buckets = [
-            _Bucket(group) for group in bucket_parameters(parameters, bucket_bytes)
+            _Bucket(group, mesh.size())
+            for group in bucket_parameters(parameters, bucket_bytes)
         ]
         self._sync = True
         self._num_launched = 0
@@ -219,10 +224,12 @@ class DataParallel(nn.Module):
 
     def _hook(self, bucket: _Bucket, i: int) -> Callable[[Tensor], None]:
         def accumulated(_: Tensor) -> None:
-            if self._sync:
-                self._mark_ready(bucket, i)
-            bucket.take(i)
-            while self._sync and self._next_is_ready():
+            if not self._sync:
+                bucket.take(i)
+                return
+            self._mark_ready(bucket, i)
+            bucket.take(i, bucket.share)
+            while self._next_is_ready():
                 self._launch_next()
 
         return accumulated
