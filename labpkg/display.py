@@ -1,9 +1,9 @@
 """Show the library's own source, so that a chapter does not copy it.
 
 `lab.show(lab.DataParallel)` gives the highlighted source in a notebook and prints it
-everywhere else. What the reader sees is what runs: it is read with `inspect`. The colours
-are written into the output and are legible on light and on dark pages, so that a stored
-output needs no style sheet.
+everywhere else. What the reader sees is what runs: it is read with `inspect`. The
+colours are written into the output and are legible on light and on dark pages, so that
+a stored output needs no style sheet.
 
 Chapters: all of them.
 """
@@ -83,14 +83,14 @@ def _formatter() -> Formatter[str]:
         """Middle tones on no background: they stand out from white and from black."""
 
         styles: ClassVar = {
-            Comment: "italic #767676",
-            Keyword: "#2f78c4",
-            Operator.Word: "#2f78c4",
-            Name.Decorator: "#9a5fc7",
-            Name.Function: "#b0601a",
-            Name.Class: "#b0601a",
-            String: "#3d8040",
-            Number: "#9a5fc7",
+            Comment: "italic #7a7a7a",
+            Keyword: "#377dc7",
+            Operator.Word: "#377dc7",
+            Name.Decorator: "#9d63c9",
+            Name.Function: "#b5661f",
+            Name.Class: "#b5661f",
+            String: "#438847",
+            Number: "#9d63c9",
         }
 
     return HtmlFormatter(

@@ -54,7 +54,8 @@ def draw(path: Path = TARGET, root: Path = ROOT) -> None:
         str(file.relative_to(root).with_suffix("")): page_title(file)
         for file in toc_files(root)
     }
-    parts = {name: pages for name, pages in toc_parts(root).items() if name}
+    parts = toc_parts(root)
+    parts = {name: parts[name] for name in parts if name not in ("", "Reference")}
     rows = max(len(pages) for pages in parts.values())
     settings = {"svg.hashsalt": "chapter map", "svg.fonttype": "path"}
     with matplotlib.rc_context(settings):

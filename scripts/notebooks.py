@@ -1,7 +1,7 @@
 """List, check and execute the pages of the book.
 
     notebooks.py list                print the notebooks of _toc.yml
-    notebooks.py execute [FILE...]   run notebooks (default: all) and store their outputs
+    notebooks.py execute [FILE...]   run them (default: all) and store their outputs
 
 Execution writes only what belongs to the content: outputs, widget state and stable cell
 ids. Machine paths, host names, versions and times stay out, so that a second execution
@@ -26,7 +26,7 @@ KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3
 
 
 def toc_parts(root: Path = ROOT) -> dict[str, list[str]]:
-    """Return the pages of `_toc.yml` without suffix, by part; the root page comes first."""
+    """Return the pages of `_toc.yml` by part, without suffix; the root's part is ""."""
     toc = yaml.safe_load((root / "_toc.yml").read_text())
     parts = {"": [toc["root"]]}
     for part in toc.get("parts", []):
@@ -113,16 +113,23 @@ def machine_traces(root: Path = ROOT) -> list[tuple[re.Pattern[str], str]]:
 
 def normalise(notebook: Any, root: Path = ROOT) -> Any:
     """Return the executed notebook without traces of the machine and the moment."""
+    import nbformat
+
     traces = machine_traces(root)
-    widgets = notebook.metadata.get("widgets")
-    notebook.metadata = {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
-    if widgets:
-        notebook.metadata["widgets"] = scrub(widgets, traces)
+    metadata: dict[str, Any] = {
+        "kernelspec": KERNELSPEC,
+        "language_info": {"name": "python"},
+    }
+    if "widgets" in notebook.metadata:
+        metadata["widgets"] = scrub(notebook.metadata["widgets"], traces)
+    cells = []
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
-            cell.outputs = scrub(cell.outputs, traces)
-    return notebook
+        cell = dict(cell, metadata={**cell.metadata})
+        cell["metadata"].pop("execution", None)
+        if cell["cell_type"] == "code":
+            cell["outputs"] = scrub(cell["outputs"], traces)
+        cells.append(cell)
+    return nbformat.from_dict(dict(notebook, metadata=metadata, cells=cells))
 
 
 def execute(path: Path, root: Path = ROOT) -> None:
@@ -133,6 +140,7 @@ def execute(path: Path, root: Path = ROOT) -> None:
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
+        extra_arguments=["--log-level=ERROR"],
         timeout=300,
         kernel_name="python3",
         store_widget_state=True,
@@ -141,8 +149,7 @@ def execute(path: Path, root: Path = ROOT) -> None:
         resources={"metadata": {"path": str(path.parent)}},
     )
     client.execute()
-    nbformat.validate(normalise(notebook, root))
-    nbformat.write(notebook, path)
+    nbformat.write(normalise(notebook, root), path)
 
 
 def main() -> None:
