@@ -13,5 +13,6 @@ Chapters: all of them; first used in parallelism/data_parallel.
 from labpkg.plot.appearance import COLORS, style
 from labpkg.plot.curves import loss
 from labpkg.plot.records import recorded
+from labpkg.plot.timelines import timeline
 
-__all__ = ["COLORS", "loss", "recorded", "style"]
+__all__ = ["COLORS", "loss", "recorded", "style", "timeline"]
