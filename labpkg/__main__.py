@@ -1,0 +1,318 @@
+"""The command line: `labpkg train | run | doctor | bench`, also `python -m labpkg`.
+
+A mistake of the user is answered in one line with the remedy and exit code 2; a failure
+of a rank with its traceback and exit code 1; Ctrl-C with one line and exit code 130.
+Stand-alone, `train` and `run` start their ranks; in a process where RANK is set
+(torchrun, Slurm, mpirun) they are a rank and join the others.
+
+Chapters: foundations/setup, parallelism/data_parallel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from labpkg import __version__
+from labpkg.runs.config import TrainConfig
+
+if TYPE_CHECKING:
+    from labpkg.runs.trainer import TrainResult
+
+_BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions(TrainConfig):
+    """Train a small model data-parallel on all GPUs, else on two CPU ranks.
+
+    Args:
+        max_restarts: Restarts after a rank has died, each from the newest checkpoint.
+        json: Print the result as JSON.
+    """
+
+    max_restarts: int = 0
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        # Validated by `config`, whose error is one line and not the parser's box.
+        pass
+
+    def config(self) -> TrainConfig:
+        """Return the part that describes the run.
+
+        Raises:
+            ValueError: If a value is not possible.
+        """
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts={self.max_restarts} is below 0; choose 0")
+        return TrainConfig(
+            **{f.name: getattr(self, f.name) for f in fields(TrainConfig)}
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        argv: The arguments after the program's name; None takes those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, *rest = arguments or ["--help"]
+    if command not in _COMMANDS:
+        return _top_level(command)
+    try:
+        return _COMMANDS[command](rest)
+    except (ValueError, OSError) as error:
+        _complain(command, error)
+        return _BAD_INPUT
+    except KeyboardInterrupt:
+        _complain(command, "interrupted")
+        return _INTERRUPTED
+
+
+def _top_level(command: str) -> int:
+    if command in ("--version", "-V"):
+        print(f"labpkg {__version__}")
+        return 0
+    known = ", ".join(_COMMANDS)
+    if command not in ("--help", "-h"):
+        _complain(command, f"there is no such command; choose one of {known}")
+        return _BAD_INPUT
+    print("usage: labpkg COMMAND [OPTIONS]; COMMAND --help says more\n")
+    for name, run in _COMMANDS.items():
+        print(f"  {name:8} {(run.__doc__ or '').splitlines()[0]}")
+    return 0
+
+
+def _complain(command: str, what: object) -> None:
+    print(f"labpkg {command}: {what}", file=sys.stderr)
+
+
+# train -----------------------------------------------------------------------------
+
+
+def _train(argv: list[str]) -> int:
+    """Train a small GPT on the source of Python's library (the main job)."""
+    started = time.time()
+    options = _parse_train(argv)
+    config = options.config()
+    if "RANK" in os.environ:
+        result = _as_rank("train", _train_rank, config)
+        is_first = os.environ["RANK"] == "0"
+    else:
+        result = _launch_train(config, options.max_restarts)
+        is_first = True
+    if is_first:
+        _print_result(result, started, options.json)
+    return 0
+
+
+def _parse_train(argv: list[str]) -> TrainOptions:
+    try:
+        import tyro
+    except ImportError:
+        raise ValueError(
+            "reading options needs tyro, which is not installed; run: "
+            f"{sys.executable} -m pip install tyro"
+        ) from None
+    return tyro.cli(
+        TrainOptions,
+        args=_complete_resume(argv),
+        prog="labpkg train",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _complete_resume(argv: list[str]) -> list[str]:
+    """Let `--resume` stand alone for `--resume newest`."""
+    completed = []
+    for argument, following in zip(argv, [*argv[1:], "--"], strict=True):
+        completed.append(argument)
+        if argument == "--resume" and following.startswith("--"):
+            completed.append("newest")
+    return completed
+
+
+def _launch_train(config: TrainConfig, max_restarts: int) -> TrainResult:
+    from labpkg.runs.preload import start_fork_server
+
+    start_fork_server()  # first: it imports torch while this process does the same
+    from labpkg.runs.checkpoint import remove_partial
+    from labpkg.runs.trainer import check_config
+
+    config = check_config(config)
+    try:
+        return _launch(
+            "train", _train_rank, config, num_ranks=config.dp, max_restarts=max_restarts
+        )[0]
+    finally:
+        remove_partial(config.out / "checkpoints")
+
+
+def _train_rank(config: TrainConfig) -> TrainResult:
+    from labpkg.runs.trainer import Trainer
+
+    return Trainer(config).run()
+
+
+def _print_result(result: TrainResult, started: float, as_json: bool) -> None:
+    first_step_s = result.first_step_time - started
+    if as_json:
+        print(json.dumps({**asdict(result), "first_step_s": first_step_s}))
+    else:
+        print(f"{result} First step after {first_step_s:.1f} s.")
+
+
+# run -------------------------------------------------------------------------------
+
+
+def _run(argv: list[str]) -> int:
+    """Run a function of a file on several ranks: labpkg run FILE.py:FUNCTION."""
+    parser = argparse.ArgumentParser(prog="labpkg run", description=_run.__doc__)
+    parser.add_argument("target", metavar="FILE.py:FUNCTION")
+    parser.add_argument("--nproc", type=int, help="ranks; all GPUs, else 2")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where ranks run")
+    parser.add_argument("--max-restarts", type=int, default=0, help="after a failure")
+    parser.add_argument("--json", action="store_true", help="print values as JSON")
+    options = parser.parse_args(argv)
+    path, function = _parse_target(options.target)
+    if "RANK" in os.environ:
+        values = [_as_rank("run", _run_rank, path, function, options.device)]
+        first = int(os.environ["RANK"])
+    else:
+        values = _launch_run(path, function, options)
+        first = 0
+    if options.json:
+        print(json.dumps([json.loads(value) for value in values]))
+        return 0
+    for rank, value in enumerate(values, first):
+        if value != "null":
+            print(f"[{rank}] {value}")
+    return 0
+
+
+def _parse_target(target: str) -> tuple[str, str]:
+    path, _, function = target.rpartition(":")
+    if not path or not function.isidentifier():
+        raise ValueError(f"{target!r} is not FILE.py:FUNCTION; write e.g. job.py:main")
+    try:
+        tree = ast.parse(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise ValueError(f"cannot read {path!r}: {error.strerror}") from None
+    except SyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if function not in names:
+        known = ", ".join(names) or "none"
+        raise ValueError(f"{path} defines no function {function!r}; it has: {known}")
+    return str(Path(path).resolve()), function
+
+
+def _launch_run(path: str, function: str, options: argparse.Namespace) -> list[str]:
+    from labpkg.runs.preload import start_fork_server
+
+    start_fork_server()
+    import torch
+
+    from labpkg.processes.mesh import choose_placement
+
+    num_gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
+    num_ranks = options.nproc if options.nproc is not None else num_gpus or 2
+    choose_placement(num_ranks, device=options.device)
+    return _launch(
+        "run",
+        _run_rank,
+        path,
+        function,
+        options.device,
+        num_ranks=num_ranks,
+        max_restarts=options.max_restarts,
+    )
+
+
+def _run_rank(path: str, function: str, device: str | None) -> str:
+    """Return the value as JSON: no other process may know its class."""
+    from labpkg.runs.joining import joined
+
+    sys.path.insert(0, os.path.dirname(path))
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    with joined(device):
+        spec.loader.exec_module(module)
+        return json.dumps(getattr(module, function)(), default=str)
+
+
+# doctor and bench ------------------------------------------------------------------
+
+
+def _doctor(argv: list[str]) -> int:
+    """Say whether this machine can run the main job, and what to repair."""
+    parser = argparse.ArgumentParser(prog="labpkg doctor", description=_doctor.__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    from labpkg import doctor
+
+    return doctor.main(json=options.json)
+
+
+def _bench(argv: list[str]) -> int:
+    """Measure a part of the library against its peers: labpkg bench NAME."""
+    parser = argparse.ArgumentParser(prog="labpkg bench", description=_bench.__doc__)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="few repetitions")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    from labpkg import bench
+
+    report = bench.run(options.name, quick=options.quick)
+    print(json.dumps(report) if options.json else report)
+    return 0
+
+
+# ranks -----------------------------------------------------------------------------
+
+
+def _launch(command: str, function: Callable[..., Any], *args: Any, **how: Any) -> list:
+    from labpkg.runs.launch import JobFailed, launch
+
+    try:
+        return launch(function, *args, **how)
+    except JobFailed as error:
+        if not error.is_bad_input or command == "run":
+            print(error.details, end="", file=sys.stderr)
+        _complain(command, error)
+        raise SystemExit(_BAD_INPUT if error.is_bad_input else _FAILED) from None
+
+
+def _as_rank(command: str, function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except (ValueError, OSError) as error:
+        _complain(command, error)
+        sys.stderr.flush()
+        # Peers may be stuck in a collective: leaving the group would wait for them.
+        os._exit(_BAD_INPUT)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "run": _run,
+    "doctor": _doctor,
+    "bench": _bench,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

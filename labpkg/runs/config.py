@@ -1,0 +1,222 @@
+"""What a training run is: one frozen value, checked before any process starts.
+
+Contract: importing this module imports no torch, so a command line answers a wrong
+option in a tenth of a second. `resolved` fills what depends on the machine; `identity`
+is the part that a checkpoint must agree with: two runs of one identity compute the
+same weights, on however many ranks.
+
+Chapter: runs/checkpointing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+_DEVICES = ("cpu", "cuda")
+_PRECISIONS = ("fp32", "bf16", "fp64")
+_DATA = ("digits", "stdlib")
+_WARMUP = 0.05  # part of the steps in which the learning rate rises
+_FLOOR = 0.1  # where it ends, as a part of the peak
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """A model by name: its sizes, the data it reads and its usual learning rate.
+
+    Attributes:
+        lr: Peak learning rate, found by trial at the default batch size.
+        sizes: Arguments of `GPTConfig`; empty for the MLP of the digits.
+    """
+
+    lr: float
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+
+
+MODELS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "gpt-1m": Preset(
+            lr=4e-3,
+            sizes={
+                "num_layers": 4,
+                "width": 128,
+                "num_heads": 4,
+                "sequence_length": 128,
+            },
+        ),
+        "gpt-10m": Preset(
+            lr=1.5e-3,
+            sizes={
+                "num_layers": 6,
+                "width": 384,
+                "num_heads": 6,
+                "sequence_length": 256,
+            },
+        ),
+        "mlp": Preset(lr=1e-2),
+    }
+)
+"""The models that a run can name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Describe a training run.
+
+    Args:
+        dp: Data-parallel ranks; None takes all GPUs, else 2 processes on the CPU.
+        steps: Optimizer steps; the learning rate falls towards the last one.
+        global_batch_size: Samples of one step, over all ranks.
+        model: gpt-1m, gpt-10m or mlp; None chooses by the data.
+        data: stdlib (source of Python's library), digits, or a file of yours.
+        lr: Peak learning rate of AdamW; None takes the usual one of the model.
+        precision: fp32, bf16 (autocast) or fp64; None is bf16 on a GPU, else fp32.
+        device: cpu or cuda; None takes GPUs where there are enough.
+        seed: Chooses the initial weights, the order of the data and the sample.
+        out: Folder for checkpoints and TensorBoard files.
+        checkpoint_every: Steps between checkpoints; 0 saves after the last step only.
+        resume: A checkpoint folder, or "newest" for the newest valid one of `out`.
+
+    Raises:
+        ValueError: If a value is unknown, out of range, or does not fit another one.
+    """
+
+    dp: int | None = None
+    steps: int = 400
+    global_batch_size: int = 32
+    model: str | None = None
+    data: str = "stdlib"
+    lr: float | None = None
+    precision: str | None = None
+    device: str | None = None
+    seed: int = 0
+    out: Path = Path("runs_out/train")
+    checkpoint_every: int = 100
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("dp", 1),
+            ("steps", 1),
+            ("global_batch_size", 1),
+            ("seed", 0),
+            ("checkpoint_every", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} is too small; choose {least} or more")
+        _require_known("model", self.model, MODELS)
+        _require_known("precision", self.precision, _PRECISIONS)
+        _require_known("device", self.device, _DEVICES)
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(
+                f"lr={self.lr} must be a positive number; choose e.g. 1e-3"
+            )
+        self._check_batch()
+        self._check_data()
+
+    def _check_batch(self) -> None:
+        if self.dp is not None and self.global_batch_size < self.dp:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} leaves some of the dp="
+                f"{self.dp} ranks without a sample; choose {self.dp} or more"
+            )
+
+    def _check_data(self) -> None:
+        if self.data not in _DATA and not os.path.isfile(self.data):
+            raise ValueError(
+                f"data={self.data!r} is neither {' nor '.join(_DATA)} nor a file that "
+                "exists; choose one of them"
+            )
+        if (self.data == "digits") != (self.model_name == "mlp"):
+            wanted = "mlp" if self.data == "digits" else "gpt-1m"
+            raise ValueError(
+                f"model={self.model!r} cannot read data={self.data!r}; choose "
+                f"model={wanted!r}"
+            )
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model, chosen by the data if none was given."""
+        return self.model or ("mlp" if self.data == "digits" else "gpt-1m")
+
+    def resolved(self, *, dp: int, device: str) -> TrainConfig:
+        """Return the same run with nothing left to choose.
+
+        Args:
+            dp: Ranks of this job.
+            device: Where they run, "cpu" or "cuda".
+
+        Raises:
+            ValueError: If the batch is too small for the ranks.
+        """
+        return replace(
+            self,
+            dp=dp,
+            device=device,
+            model=self.model_name,
+            lr=MODELS[self.model_name].lr if self.lr is None else self.lr,
+            precision=self.precision or ("bf16" if device == "cuda" else "fp32"),
+        )
+
+    def identity(self, fingerprint: str) -> dict[str, Any]:
+        """Return what decides the weights of a resolved run, but for rounding.
+
+        The number of ranks is not part of it: a run may resume on more or fewer.
+
+        Args:
+            fingerprint: A checksum of the training data.
+        """
+        name = self.data if self.data in _DATA else "file"
+        return {
+            "model": self.model,
+            "data": f"{name}:{fingerprint}",
+            "steps": self.steps,
+            "global_batch_size": self.global_batch_size,
+            "lr": self.lr,
+            "precision": self.precision,
+            "seed": self.seed,
+        }
+
+
+def first_difference(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
+    """Say in which entry two identities differ first, or None.
+
+    Args:
+        saved: The identity that a checkpoint holds.
+        own: The identity of the run that wants to resume.
+    """
+    for name in dict.fromkeys([*own, *saved]):
+        if saved.get(name) != own.get(name):
+            return f"{name} is {saved.get(name)!r} there and {own.get(name)!r} here"
+    return None
+
+
+def learning_rate(step: int, *, peak: float, steps: int) -> float:
+    """Return the learning rate of a step: a linear rise, then half a cosine down.
+
+    A pure function of the step, so a run that resumes needs no scheduler state.
+
+    Args:
+        step: From 1 to `steps`.
+        peak: The highest rate, reached after a twentieth of the steps.
+        steps: Steps of the whole run; the last one has a tenth of the peak.
+
+    Reference:
+        Loshchilov and Hutter 2017, SGDR, arXiv:1608.03983.
+    """
+    warmup = max(1, round(_WARMUP * steps))
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / (steps - warmup)  # in (0, 1]
+    return peak * (_FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def _require_known(name: str, value: str | None, known: Any) -> None:
+    if value is not None and value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; choose {' or '.join(known)}")

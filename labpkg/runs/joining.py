@@ -1,0 +1,100 @@
+"""A rank joins its job: device, process group, and the way out.
+
+The same function runs as a rank of `labpkg train`, under torchrun, Slurm or mpirun
+(RANK is set), inside `World.run` (the group exists), or alone. `joined` finds out which.
+
+# Note [leaving]
+A process group must outlive the engines that use it: gloo can deadlock when it is
+destroyed under them. So a group is left after the function has returned and its garbage
+is collected; after an error, when peers may hang in a collective, it is not left at
+all: whoever started the rank ends it.
+
+Chapter: processes/ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from labpkg.processes.mesh import choose_placement
+
+_TIMEOUT = timedelta(seconds=60)
+
+
+@contextmanager
+def joined(device: str | None = None) -> Iterator[torch.device]:
+    """Join the job that this process belongs to, for the time of a `with` block.
+
+    Starts the process group unless there is one, and makes the device of this rank
+    torch's default; both end with the block. See Note [leaving].
+
+    Args:
+        device: "cpu", "cuda", or None to choose.
+
+    Yields:
+        The device of this rank.
+
+    Raises:
+        ValueError: If the device cannot be had, or an existing job runs on another one.
+    """
+    owns_group = not dist.is_initialized()
+    if owns_group:
+        kind = _start_group(device)
+    else:
+        kind = (
+            "cuda" if dist.get_backend() == "nccl" else torch.get_default_device().type
+        )
+    if device not in (None, kind):
+        raise ValueError(
+            f"device={device!r}, but this job runs on {kind}; start it on {device}"
+        )
+    here = torch.device("cpu")
+    if kind == "cuda":
+        here = torch.device("cuda", torch.cuda.current_device())
+    # The CPU is the default already, and naming it slows down every call of torch.
+    is_default = here.type == "cpu" == torch.get_default_device().type
+    with nullcontext() if is_default else here:
+        try:
+            yield here
+        except BaseException as error:
+            if owns_group and dist.get_world_size() == 1:
+                traceback.clear_frames(error.__traceback__)  # they hold the engines
+                _leave_group()
+            raise
+        if owns_group:
+            _leave_group()
+
+
+def _leave_group() -> None:
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def _start_group(device: str | None) -> str:
+    alone = "RANK" not in os.environ
+    num_local = 1 if alone else _local_world_size()
+    place = choose_placement(num_local, device=device)
+    if place.device == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    elif num_local > 1:
+        torch.set_num_threads(1)  # ranks with more threads than cores slow each other
+    if alone:
+        store = dist.HashStore()
+        dist.init_process_group(place.backend, store=store, rank=0, world_size=1)
+    else:
+        dist.init_process_group(place.backend, timeout=_TIMEOUT)
+    return place.device
+
+
+def _local_world_size() -> int:
+    everywhere = os.environ.get("WORLD_SIZE", "1")
+    return int(os.environ.get("LOCAL_WORLD_SIZE", everywhere))

@@ -1,0 +1,291 @@
+"""Start the ranks of a job on this machine, with torchrun's own engine.
+
+`launch` runs a function on n ranks through `elastic_launch`: it watches them, restarts
+them all when one dies, and returns what they return. It adds what the engine leaves
+open: everything listens on the loopback only, an error of a rank arrives as one error
+with that rank's traceback, Ctrl-C ends the job at once, ranks never outlive the
+launcher, and signal handlers and environment are restored.
+
+# Note [lost peers]
+When a rank dies, its peers fail a moment later because they have lost a connection, and
+the engine blames whom it finds first. So a rank whose error may be of that kind waits
+before it gives up: the engine then finds the one that is dead already.
+
+Chapters: processes/ranks, runs/faults.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    SignalException,
+)
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    get_error_handler,
+)
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from labpkg.runs.preload import start_fork_server
+
+_BACKEND = "labpkg-loopback"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_LOST_PEER_WAIT_S = 1.0
+_STORE_TIMEOUT = timedelta(seconds=60)
+_BAD_INPUT, _FAILED = 2, 1
+
+
+class JobFailed(Exception):
+    """A rank failed, and there was no restart left.
+
+    Args:
+        message: One line: the rank's error, or the signal that killed it.
+        details: The rank's traceback; empty after a signal.
+        is_bad_input: Whether the rank refused a value (ValueError) or a file (OSError).
+    """
+
+    def __init__(self, message: str, *, details: str, is_bad_input: bool) -> None:
+        super().__init__(message)
+        self.details, self.is_bad_input = details, is_bad_input
+
+
+def launch(
+    function: Callable[..., Any], *args: Any, num_ranks: int, max_restarts: int = 0
+) -> list[Any]:
+    """Run `function(*args)` on ranks of this machine and return what they return.
+
+    A rank finds RANK, WORLD_SIZE and MASTER_* in its environment, as under torchrun.
+    When one dies, all are restarted; TORCHELASTIC_RESTART_COUNT tells them.
+
+    Args:
+        function: Importable by name; runs on every rank.
+        *args: Picklable arguments.
+        num_ranks: How many ranks.
+        max_restarts: How often the job may be restarted.
+
+    Returns:
+        One value per rank, in rank order.
+
+    Raises:
+        ValueError: If MASTER_PORT is set and taken, or a number is too small.
+        JobFailed: If a rank failed.
+        KeyboardInterrupt: On SIGINT; the ranks are dead then.
+        SystemExit: With 128 + the signal, on SIGTERM, SIGHUP and SIGQUIT.
+    """
+    if num_ranks < 1 or max_restarts < 0:
+        raise ValueError(
+            f"num_ranks={num_ranks} must be at least 1 and max_restarts={max_restarts} "
+            "at least 0"
+        )
+    start_fork_server()
+    with (
+        _listen_on_loopback() as listener,
+        tempfile.TemporaryDirectory(prefix="labpkg-") as logs,
+        _restored_signals(),
+        _quiet_engine(),
+    ):
+        config = _launch_config(num_ranks, max_restarts, listener, logs)
+        try:
+            values = elastic_launch(config, _rank)(function, args)
+        except ChildFailedError as error:
+            raise _job_failed(error, num_ranks) from None
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + error.sigval) from None
+    return [values[rank] for rank in range(num_ranks)]
+
+
+def _launch_config(
+    num_ranks: int, max_restarts: int, listener: socket.socket, logs: str
+) -> LaunchConfig:
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=f"labpkg-{os.getpid()}",
+        rdzv_backend=_BACKEND,
+        rdzv_configs={"listener": listener},
+        max_restarts=max_restarts,
+        monitor_interval=0.05,
+        start_method="forkserver",
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
+        local_addr="127.0.0.1",
+    )
+
+
+class _LoopbackRendezvous(RendezvousHandler):
+    """The meeting point of one agent: a store behind a socket that is bound already.
+
+    Left alone, a TCPStore listens on every interface, whatever its host name.
+    """
+
+    def __init__(self, parameters: RendezvousParameters) -> None:
+        self._run_id = parameters.run_id
+        listener: socket.socket = parameters.config["listener"]
+        self._port: int = listener.getsockname()[1]
+        self._store = TCPStore(
+            "127.0.0.1",
+            self._port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=_STORE_TIMEOUT,
+            master_listen_fd=listener.detach(),  # the store closes it
+        )
+        self._num_rounds = 0
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def get_backend(self) -> str:
+        return _BACKEND
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        self._num_rounds += 1
+        store = PrefixStore(f"{self._run_id}/{self._num_rounds}", self._store)
+        address = RendezvousStoreInfo("127.0.0.1", self._port)
+        return RendezvousInfo(store, 0, 1, address)
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """Nothing else could join."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        return True
+
+
+rendezvous_handler_registry.register(_BACKEND, _LoopbackRendezvous)
+
+
+def _listen_on_loopback() -> socket.socket:
+    port = os.environ.get("MASTER_PORT", "0")
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", int(port)))
+        listener.listen()
+    except (OSError, ValueError, OverflowError) as error:
+        listener.close()
+        why = getattr(error, "strerror", None) or "not a port number"
+        raise ValueError(
+            f"cannot listen on MASTER_PORT={port} ({why}); choose another port, or "
+            "unset MASTER_PORT to get a free one"
+        ) from None
+    return listener
+
+
+@contextmanager
+def _restored_signals() -> Iterator[None]:
+    """Undo what the engine leaves behind: its handlers, and how it chose them."""
+    name = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+    before = os.environ.get(name)
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
+def _quiet_engine() -> Iterator[None]:
+    """Keep the engine's log lines back: this module reports failures itself."""
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn")
+    ]
+    propagated = [log.propagate for log in loggers]
+    silent = logging.NullHandler()
+    for log in loggers:
+        log.propagate = False
+        log.addHandler(silent)
+    try:
+        yield
+    finally:
+        for log, propagate in zip(loggers, propagated, strict=True):
+            log.propagate = propagate
+            log.removeHandler(silent)
+
+
+def _job_failed(error: ChildFailedError, num_ranks: int) -> JobFailed:
+    rank, failure = error.get_first_failure()
+    details, is_bad_input = "", failure.exitcode == _BAD_INPUT
+    report: Any = failure.message  # what the rank has written, else a sentence
+    if isinstance(report, dict):
+        message, details = report["message"], report["extraInfo"]["py_callstack"]
+    elif failure.exitcode < 0:
+        message = f"killed by {failure.signal_name()}"
+    else:
+        message = f"ended with exit code {failure.exitcode}"
+    if is_bad_input:
+        message = message.partition(": ")[2]
+    else:
+        message = f"rank {rank} of {num_ranks}: {message}"
+    return JobFailed(message, details=details, is_bad_input=is_bad_input)
+
+
+def _rank(function: Callable[..., Any], args: tuple) -> Any:
+    """Be a rank: called in a process that the fork server has forked."""
+    # Python's own handler would wait until a collective returns.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    try:
+        return function(*args)
+    except Exception as error:
+        _give_up(error)
+
+
+def _give_up(error: Exception) -> NoReturn:
+    if isinstance(error, (RuntimeError, ConnectionError)):  # see Note [lost peers]
+        time.sleep(_LOST_PEER_WAIT_S)
+    get_error_handler().record_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    is_bad_input = isinstance(error, (ValueError, OSError))
+    # Not sys.exit: leaving the group could wait for peers that are stuck.
+    os._exit(_BAD_INPUT if is_bad_input else _FAILED)
+
+
+def _end_with_launcher() -> None:
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+    launcher.join()
+    os._exit(_FAILED)
