@@ -103,10 +103,11 @@ class GPTConfig:
 class GPT(nn.Module):
     """A decoder-only Transformer: pre-norm, learned positions, no biases.
 
-    Weights start as in GPT-2: normal with standard deviation 0.02, the two matrices of
-    a block that write to the residual stream divided by sqrt(2 L), so that its variance
-    does not grow with depth. The model has exactly `config.shape.num_parameters`
-    parameters.
+    Weights start as in GPT-2, normal, with the two matrices of a block that write to
+    the residual stream divided by sqrt(2 L), so that its variance does not grow with
+    depth. The standard deviation is 1 / sqrt(3 D), which is GPT-2's 0.02 at its width
+    of 768 and keeps small models from starting too flat to learn. The model has exactly
+    `config.shape.num_parameters` parameters.
 
     Args:
         config: sizes.
@@ -131,12 +132,12 @@ class GPT(nn.Module):
         self.head = Head(shape)
         if config.tied:
             self.head.output.weight = self.embedding.tokens.weight
-        residual_scale = (2 * shape.num_layers) ** -0.5
+        std = (3 * shape.width) ** -0.5
         for name, weight in self.named_parameters():
-            if weight.dim() > 1:
-                writes_to_residual = name.endswith(("out.weight", "down.weight"))
-                scale = residual_scale if writes_to_residual else 1.0
-                nn.init.normal_(weight, std=0.02 * scale)
+            if name.endswith(("out.weight", "down.weight")):
+                nn.init.normal_(weight, std=std * (2 * shape.num_layers) ** -0.5)
+            elif weight.dim() > 1:
+                nn.init.normal_(weight, std=std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of the token that follows each position."""

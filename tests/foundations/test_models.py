@@ -150,17 +150,17 @@ def test_initial_scale_and_loss():
     model = GPT(GPTConfig(num_layers=8, width=64, num_heads=4, sequence_length=32))
     block = model.blocks[0]
     for name, expected in [
-        ("attention.qkv", 0.02),
-        ("mlp.up", 0.02),
-        ("attention.out", 0.02 / 4),
-        ("mlp.down", 0.02 / 4),
+        ("attention.qkv", 192**-0.5),
+        ("mlp.up", 192**-0.5),
+        ("attention.out", 192**-0.5 / 4),
+        ("mlp.down", 192**-0.5 / 4),
     ]:
         assert block.get_submodule(name).weight.std().item() == pytest.approx(  # pyright: ignore
             expected, rel=0.05
         )
     tokens = torch.randint(256, (4, 33))
     loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
-    assert loss.item() == pytest.approx(torch.tensor(256.0).log().item(), abs=0.1)
+    assert loss.item() == pytest.approx(torch.tensor(256.0).log().item(), abs=0.3)
 
 
 def test_gpt_learns_to_copy():
