@@ -1,0 +1,102 @@
+"""Benchmarks: this library against its peers, in the same processes, as ratios.
+
+Each benchmark is a module of this package with a function `rows(*, quick)`. A row has
+`config`, `variant` (`labpkg`, `labpkg:<option>` or the peer's name), `wall_ratio` and
+`cpu_ratio` to the peer's fastest documented setting, the number of quiet `samples`
+behind them, and the absolute `value` with its `unit`. Ratios carry over to other
+machines, values do not. How samples are taken: `labpkg.bench.measure`.
+
+Chapter: planning/measuring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+NAMES = ("data_parallel", "launch", "train")
+
+_COLUMNS = ("variant", "wall_ratio", "cpu_ratio", "samples", "value", "unit")
+
+
+class Report(dict[str, Any]):
+    """The answer of a benchmark: a dictionary for JSON that prints as tables."""
+
+    def __str__(self) -> str:
+        machine = ", ".join(f"{key} {value}" for key, value in self["machine"].items())
+        lines = [f"{self['name']} on {machine}"]
+        for config in dict.fromkeys(row["config"] for row in self["rows"]):
+            rows = [row for row in self["rows"] if row["config"] == config]
+            cells = [[_cell(row[column]) for column in _COLUMNS] for row in rows]
+            lines += ["", config, *_aligned([list(_COLUMNS), *cells])]
+        return "\n".join(lines)
+
+
+def run(name: str, quick: bool = False) -> Report:
+    """Run a benchmark.
+
+    Args:
+        name: One of `NAMES`.
+        quick: Few repetitions of small work: shows the form, says nothing about speed.
+
+    Returns:
+        A dictionary with `name`, `machine` and `rows`; `str` makes it a table.
+
+    Raises:
+        ValueError: If there is no such benchmark.
+    """
+    if name not in NAMES:
+        raise ValueError(
+            f"there is no benchmark {name!r}; choose one of {', '.join(NAMES)}"
+        )
+    module = importlib.import_module(f"labpkg.bench.{name}")
+    with contextlib.redirect_stdout(sys.stderr):  # the answer may be read as JSON
+        rows = module.rows(quick=quick)
+    return Report(name=name, machine=_machine(), rows=rows)
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    import labpkg
+
+    num_gpus = torch.cuda.device_count()
+    gpus = {torch.cuda.get_device_name(i) for i in range(num_gpus)}
+    return {
+        "system": platform.system(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpus": f"{num_gpus} x {' and '.join(sorted(gpus))}" if gpus else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "labpkg": labpkg.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")  # Linux only
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]
