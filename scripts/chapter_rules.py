@@ -31,6 +31,7 @@ OPTIONAL = {"book/foundations/setup": ("Mathematics", "From scratch")}
 """Sections that a chapter may leave out, since there is nothing to say in them."""
 
 ASSERTED = ("From scratch", "With the library", "Experiment", "Myths", "Pitfalls")
+ILLUSTRATED = ("Idea", "Experiment")
 MAX_CELL_LINES = 40
 MAX_MEDIAN_LINES = 10
 NUM_EXERCISES = range(4, 7)
@@ -188,16 +189,26 @@ def exercise_problems(cells: list[tuple[int, str, Cell]]) -> Iterator[str]:
 
 
 def figure_problems(cells: list[tuple[int, str, Cell]]) -> Iterator[str]:
-    """Find figures without caption or without a text for those who do not see them."""
+    """Find sections without a figure, and figures without caption or spoken text."""
     for number, _, cell in _code(cells):
-        kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
-        if not kinds & {"image/png", "image/svg+xml"}:
+        if not _drawn(cell):
             continue
         settings = cell.metadata.get("mystnb", {})
         if not settings.get("figure", {}).get("caption"):
             yield f"cell {number}: no caption (metadata mystnb.figure.caption)"
         if not settings.get("image", {}).get("alt"):
             yield f"cell {number}: no alternative text (metadata mystnb.image.alt)"
+    for section in ILLUSTRATED:
+        code = [cell for _, where, cell in _code(cells) if where == section]
+        players = any("<script" in str(cell.outputs) for cell in code)
+        markdown = any("{figure}" in c.source for _, w, c in cells if w == section)
+        if not players and not markdown and not any(_drawn(cell) for cell in code):
+            yield f"the section {section!r} shows no figure"
+
+
+def _drawn(cell: Cell) -> bool:
+    kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
+    return bool(kinds & {"image/png", "image/svg+xml"})
 
 
 def definition_problems(

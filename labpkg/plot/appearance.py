@@ -32,7 +32,7 @@ COLORS: Mapping[str, str] = MappingProxyType(
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLE = {
     "figure.figsize": (6.4, 3.2),
-    "figure.dpi": 100,
+    "figure.dpi": 200,
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
     "savefig.facecolor": "white",
@@ -59,7 +59,9 @@ _STYLE = {
 def style() -> Iterator[None]:
     """Apply the book's figure settings inside a `with` block.
 
-    matplotlib's own settings are restored at the end of the block, also after an error.
+    The settings that it changes are restored at the end of the block, also after an
+    error. All others stay as they are: the first figure of a notebook chooses the
+    backend and makes it interactive, and `matplotlib.rc_context` would undo that.
 
     Returns:
         A context manager.
@@ -68,8 +70,12 @@ def style() -> Iterator[None]:
     from cycler import cycler
 
     settings: dict[Any, Any] = {**_STYLE, "axes.prop_cycle": cycler(color=_LINES)}
-    with matplotlib.rc_context(settings):
+    before = {key: matplotlib.rcParams[key] for key in settings}
+    matplotlib.rcParams.update(settings)
+    try:
         yield
+    finally:
+        matplotlib.rcParams.update(before)
 
 
 def axes_or_new(ax: Axes | None, *, height: float = 3.2) -> Axes:
