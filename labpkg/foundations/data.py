@@ -15,6 +15,7 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,10 +77,9 @@ class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
         return (self.text.numel() - 1) // self.sequence_length
 
     def __getitem__(self, index: int | Tensor) -> tuple[Tensor, Tensor]:
-        # The windows of a default view overlap by the one byte that both need.
         T = self.sequence_length
         windows = self.text.unfold(0, T + 1, T)[index].long()  # (..., T + 1)
-        return windows[..., :-1], windows[..., 1:]
+        return windows[..., :-1].contiguous(), windows[..., 1:].contiguous()
 
 
 def digits(split: str = "train") -> TensorDataset:
@@ -95,23 +95,25 @@ def digits(split: str = "train") -> TensorDataset:
         x (N, 64) float32 in [0, 1] and y (N,) int64, on the CPU.
 
     Raises:
-        ValueError: for another split.
+        ValueError: for another split, or without scikit-learn.
 
     Reference:
         Alpaydin and Kaynak 1998, Optical recognition of handwritten digits,
         doi:10.24432/C50P49.
     """
     _require_split(split, "train", "test")
-    from sklearn.datasets import load_digits  # takes a second to import
-
-    x, y = load_digits(return_X_y=True)
+    # Read from scikit-learn's folder: to import it would cost each rank a second.
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise ValueError("digits() needs scikit-learn; pip install scikit-learn")
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",", dtype=np.float32)  # 64 pixels, then y
+    x, y = table[:, :-1], table[:, -1].astype(np.int64)
     is_test = np.zeros(len(y), dtype=bool)
     for label in range(10):
         is_test[np.flatnonzero(y == label)[4::5]] = True
     chosen = is_test if split == "test" else ~is_test
-    return TensorDataset(
-        torch.from_numpy(x[chosen] / 16).float(), torch.from_numpy(y[chosen]).long()
-    )
+    return TensorDataset(torch.from_numpy(x[chosen] / 16), torch.from_numpy(y[chosen]))
 
 
 def stdlib_text(split: str = "train", *, sequence_length: int = 128) -> ByteWindows:
