@@ -12,13 +12,27 @@ from labpkg.check.cross_entropy_exercises import (
     softmax,
     weighted_mean,
 )
+from labpkg.check.data_parallel_exercises import (
+    accumulated_gradient,
+    bucket_sizes,
+    end_of_step,
+    loss_weights,
+    mean_gradients,
+    shard_batch,
+)
 from labpkg.check.result import CheckResult
 
 __all__ = [
     "CheckResult",
+    "accumulated_gradient",
+    "bucket_sizes",
     "cross_entropy",
     "cross_entropy_gradient",
+    "end_of_step",
     "label_smoothing",
+    "loss_weights",
+    "mean_gradients",
+    "shard_batch",
     "softmax",
     "weighted_mean",
 ]
