@@ -18,6 +18,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# What faulthandler says about a crash besides the frames of the function.
+_NOISE = re.compile(
+    r'^( *File "([^"]*labpkg/processes/(rank|fork_server)\.py|<string>)", line \d+ in'
+    r"|Extension modules:).*\n?",
+    re.MULTILINE,
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
@@ -110,9 +117,11 @@ def diagnose(
     else:
         guilty = _suspect(where)
         summary = (
-            f"the run did not end within {limit_s:g} s; this rank is suspected, which "
-            f"is an inference, because it {_reason(where[guilty])}"
+            f"the run did not end within {limit_s:g} s; this rank is suspected (an "
+            f"inference) because it {_reason(where[guilty])}"
         )
+        if _differ(where):
+            summary += "; ranks wait in calls that do not match: check=True names them"
         text = "\n".join(
             f"Stack of rank {rank} ({place}):\n{place.stack}"
             for rank, place in sorted(where.items())
@@ -135,8 +144,18 @@ def _reason(place: Where) -> str:
     return str(place)
 
 
+def _differ(where: dict[int, Where]) -> bool:
+    # "all_reduce [4] (number 2 in default_pg)": one number of a group is one call.
+    calls: dict[str, str] = {}
+    for place in where.values():
+        call, _, number = place.collective.partition(" (")
+        if number and calls.setdefault(number, call) != call:
+            return True
+    return False
+
+
 def with_source(text: str) -> str:
-    """Write notebook cells as `cell, line n` and add the source line.
+    """Write notebook cells as `cell, line n` with their source; leave out our frames.
 
     Only the kernel knows the source of a cell: a rank cannot read it from a file.
 
@@ -152,4 +171,4 @@ def with_source(text: str) -> str:
         return f"{indent}cell, line {number}, in {name}\n{indent}  {line}"
 
     pattern = r'^( *)File "([^"]+)", line (\d+),? in (.+)$'
-    return re.sub(pattern, rewrite, text, flags=re.MULTILINE)
+    return re.sub(pattern, rewrite, _NOISE.sub("", text), flags=re.MULTILINE)

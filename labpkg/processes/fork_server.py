@@ -114,7 +114,17 @@ class ForkServer:
     @property
     def alive(self) -> bool:
         """Whether the server can take requests."""
-        return self._sock.fileno() >= 0 and self._process.poll() is None
+        if self._sock.fileno() < 0:
+            return False
+        # The server never writes here: there is something to read only at its end,
+        # and that shows sooner than the exit of the process.
+        try:
+            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except ConnectionResetError:  # it ended with a request unread
+            return False
+        return False
 
     def fork(self, number: int, fds: Sequence[int]) -> None:
         """Ask for a rank; its process id arrives later on the socket of the rank.

@@ -262,6 +262,9 @@ def _enter(number: int, job: Job) -> None:
 
 def _join(number: int, job: Job, listen_fd: int | None) -> None:
     dist.set_debug_level_from_env()  # it was read when torch was imported
+    # Else the groups of a mesh get 30 minutes.
+    dist.distributed_c10d.default_pg_timeout = _FOREVER
+    dist.distributed_c10d.default_pg_nccl_timeout = _FOREVER
     # The kernel has bound the listening socket to the loopback: left alone, TCPStore
     # listens on every interface, whatever its host name.
     store = dist.TCPStore(
@@ -335,7 +338,8 @@ def _flight_record() -> tuple[str, int]:
         if not pending:
             return "", num_issued
         name = pending[0]["profiling_name"].split(":")[-1]
-        sizes = ", ".join(map(str, pending[0]["input_sizes"]))
-        number, group = pending[0]["collective_seq_id"], pending[0]["process_group"][0]
-        return f"{name} {sizes} (number {number} in group {group})", num_issued
+        sizes = [str(size) for size in pending[0]["input_sizes"]]
+        number, group = pending[0]["collective_seq_id"], pending[0]["process_group"][1]
+        call = " ".join([name, *sizes])
+        return f"{call} (number {number} in {group})", num_issued
     return "", 0

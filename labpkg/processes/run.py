@@ -98,6 +98,8 @@ class _Rank:
         summary = f"the process ended with exit code {code}"
         if code < 0:
             summary = f"killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGABRT:
+            summary += "; collectives that do not match abort: check=True names them"
         output = self.tail.decode(errors="replace")
         return Failure(time_s=time_s, summary=summary, traceback=output)
 
@@ -234,7 +236,7 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, signal.SIGUSR1)
         if silent:
-            self._pump(lambda: all(rank.tail for rank in silent), _SIGNAL_S)
+            self._pump(lambda: False, _SIGNAL_S)
         for rank in silent:
             stack = rank.tail.decode(errors="replace") or "no stack: no answer\n"
             self._where[rank.number] = Where(stack=stack)

@@ -87,6 +87,10 @@ class World:
         self.backend = self.placement.backend
         self._timeout_s = _valid_timeout(timeout_s)
         self._seed, self._check = seed, check
+        if max_result_bytes < 1:
+            raise ValueError(
+                f"max_result_bytes={max_result_bytes} is not positive; choose more"
+            )
         self._max_result_bytes = max_result_bytes
         self._closed = False
         ForkServer.get()
