@@ -209,9 +209,11 @@ _MEAN_GRADIENTS = Exercise(
         "these are the gradients of one rank; nothing was averaged": (
             lambda gradients: list(gradients[0])
         ),
-        "average parameter i over the ranks, not rank r over its parameters": lambda gradients: [
-            torch.cat([g.reshape(-1) for g in own]).mean() for own in gradients
-        ],
+        "average parameter i over the ranks, not rank r over its parameters": (
+            lambda all_: [
+                torch.cat([g.reshape(-1) for g in g_r]).mean() for g_r in all_
+            ]
+        ),
         "return one list, not one for each rank: all ranks hold the same": (
             lambda gradients: [_means(gradients)] * len(gradients)
         ),
