@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -17,6 +18,7 @@ matplotlib.use("svg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,7 +39,7 @@ def box(ax: Axes, x: float, y: float, text: str, color: str) -> None:
             WIDTH,
             HEIGHT,
             boxstyle="round,pad=0,rounding_size=0.06",
-            facecolor=matplotlib.colors.to_rgba(color, 0.25),
+            facecolor=to_rgba(color, 0.25),
             edgecolor=color,
             linewidth=1.2,
         )
@@ -57,7 +59,7 @@ def draw(path: Path = TARGET, root: Path = ROOT) -> None:
     parts = toc_parts(root)
     parts = {name: parts[name] for name in parts if name not in ("", "Reference")}
     rows = max(len(pages) for pages in parts.values())
-    settings = {"svg.hashsalt": "chapter map", "svg.fonttype": "path"}
+    settings: dict[Any, Any] = {"svg.hashsalt": "chapter map", "svg.fonttype": "path"}
     with matplotlib.rc_context(settings):
         size = (1.6 * len(parts), 0.5 + 0.95 * rows)
         fig, ax = plt.subplots(figsize=size, layout="constrained")

@@ -154,7 +154,9 @@ def execute(path: Path, root: Path = ROOT) -> None:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="List or execute the notebooks of the book."
+    )
     parser.add_argument("command", choices=["list", "execute"])
     parser.add_argument("files", nargs="*", type=Path)
     arguments = parser.parse_args()
