@@ -20,6 +20,13 @@ from labpkg.check.data_parallel_exercises import (
     mean_gradients,
     shard_batch,
 )
+from labpkg.check.ranks_exercises import (
+    first_failure,
+    global_rank,
+    hang_suspect,
+    ring_neighbours,
+    shard_bounds,
+)
 from labpkg.check.result import CheckResult
 
 __all__ = [
@@ -29,10 +36,15 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_gradient",
     "end_of_step",
+    "first_failure",
+    "global_rank",
+    "hang_suspect",
     "label_smoothing",
     "loss_weights",
     "mean_gradients",
+    "ring_neighbours",
     "shard_batch",
+    "shard_bounds",
     "softmax",
     "weighted_mean",
 ]
