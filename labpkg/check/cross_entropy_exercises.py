@@ -283,6 +283,10 @@ _GRADIENT = Exercise(
         "the Jacobian of softmax is not diagonal: each logit changes every "
         "probability, so the wrong classes have a gradient too; the product "
         "collapses to p - y": _diagonal_gradient,
+        "(y - p) (1 - p) is no gradient of this loss: the sign is wrong and the factor "
+        "1 - p is too much (myth E9)": lambda z, t: (
+            -_gradient(z, t) * (1 - z.double().softmax(-1)) / len(z)
+        ),
         _OVERFLOW: lambda z, t: (_naive_softmax(z) - _one_hot(z, t)) / len(z),
     },
     hint="(softmax(logits) - onehot(targets)) / B; " + _OVERFLOW,

@@ -172,6 +172,11 @@ WRONG = [
         lambda z, t: (naive_softmax(z) - one_hot(z, t)) / len(z),
         "subtract the maximum of each row first",
     ),
+    (
+        "cross_entropy_gradient",
+        lambda z, t: (one_hot(z, t) - softmax(z)) * (1 - softmax(z)) / len(z),
+        "myth E9",
+    ),
     ("cross_entropy_gradient", wrong_chain_rule, "(softmax(logits) - onehot"),
     ("cross_entropy_gradient", cross_entropy, "not a scalar"),
     ("label_smoothing", lambda z, t, e: z, "returns its argument"),
