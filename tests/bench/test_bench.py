@@ -1,0 +1,82 @@
+"""The form of the answer; how fast something is says `labpkg bench` itself."""
+
+import json
+
+import pytest
+
+from labpkg import bench
+from labpkg.bench import data_parallel, train
+
+ROW = {"config", "variant", "wall_ratio", "cpu_ratio", "samples", "value", "unit"}
+
+
+def planted(*, quick):
+    print("a World announces itself")
+    row = {"wall_ratio": 1.25, "cpu_ratio": None, "samples": 3, "unit": "ms"}
+    return [
+        {"config": "one", "variant": "peer", "value": 10.0, **row},
+        {"config": "one", "variant": "labpkg", "value": 8.0, **row},
+        {"config": "two", "variant": "labpkg:quick", "value": float(quick), **row},
+    ]
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'speed'.*data_parallel, launch, train"):
+        bench.run("speed")
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_report_has_the_form_of_its_contract(monkeypatch, capsys, quick):
+    monkeypatch.setattr(train, "rows", planted)
+    report = bench.run("train", quick=quick)
+    assert json.loads(json.dumps(report)) == report
+    assert set(report) == {"name", "machine", "rows"}
+    assert report["name"] == "train"
+    assert report["rows"] == planted(quick=quick)
+    assert {"cpu", "cores", "gpus", "torch", "labpkg"} <= set(report["machine"])
+    assert capsys.readouterr().err == "a World announces itself\n"
+
+
+def test_report_prints_as_one_table_per_configuration(monkeypatch):
+    monkeypatch.setattr(train, "rows", planted)
+    lines = str(bench.run("train", quick=True)).splitlines()
+    assert lines[0].startswith("train on system ")
+    assert lines[2] == "one"
+    assert lines[4].split() == ["peer", "1.250", "-", "3", "10.000", "ms"]
+    assert lines[7] == "two"
+    assert len({len(line) for line in lines[3:6]}) == 1
+
+
+@pytest.mark.parametrize("module", [train, data_parallel])
+def test_quick_rows(module):
+    rows = module.rows(quick=True)
+    assert all(set(row) == ROW for row in rows)
+    assert all(row["wall_ratio"] > 0 and row["cpu_ratio"] > 0 for row in rows)
+    assert all(row["value"] > 0 and row["unit"] == "ms" for row in rows)
+    for config in {row["config"] for row in rows}:
+        variants = [row["variant"] for row in rows if row["config"] == config]
+        assert variants[0] == module.BASE
+        assert "labpkg" in variants
+        assert len(variants) == len(set(variants))
+    for row in rows:
+        if row["variant"] == module.BASE:
+            assert (row["wall_ratio"], row["cpu_ratio"]) == (1.0, 1.0)
+
+
+def test_a_variant_that_trains_differently_is_no_result():
+    losses = {data_parallel.BASE: 2.0, "labpkg": 2.0, data_parallel.LIMIT: 1.0}
+    data_parallel._check_losses(losses)
+    with pytest.raises(RuntimeError, match="labpkg ends with loss"):
+        data_parallel._check_losses({**losses, "labpkg": 2.1})
+
+
+def test_matrix_products_are_those_of_the_model():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from labpkg.foundations.models import GPTConfig
+
+    config = GPTConfig(num_layers=2, width=32, num_heads=2, sequence_length=16)
+    products = train._matrix_products(config.shape, 3)
+    with FlopCounterMode(display=False) as counter:
+        products()
+    assert counter.get_total_flops() == 3 * 16 * config.shape.flops_per_token
