@@ -19,7 +19,9 @@ several = pytest.mark.skipif(
 def step():
     """Return loss, gradient and traffic of one data-parallel step on the own device."""
     mesh = lab.make_mesh(dp=torch.distributed.get_world_size())["dp"]
-    model = lab.DataParallel(lab.MLP(6, 5, 4), mesh)
+    with torch.device("cpu"):  # the generators of CPU and GPU differ
+        model = lab.MLP(6, 5, 4)
+    model = lab.DataParallel(model.to(torch.get_default_device()), mesh)
     x = torch.arange(24.0).view(4, 6).chunk(mesh.size())[mesh.get_local_rank()]
     with lab.count_comms() as log:
         loss = model(x).square().mean()
