@@ -281,6 +281,8 @@ def _join(number: int, job: Job, listen_fd: int | None) -> None:
         rank=number,
         world_size=job.world_size,
         timeout=_FOREVER,
+        # NCCL then connects now, and knows the device of a barrier.
+        device_id=torch.device("cuda", number) if job.backend == "nccl" else None,
     )
 
 

@@ -27,7 +27,7 @@ from labpkg.processes.diagnosis import Failure, Where, diagnose
 from labpkg.processes.fork_server import DEATH, PID, ForkServer, kill_group
 from labpkg.processes.rank import load, one_line, send_message
 
-_START_S = 60.0  # for the fork server to import everything
+_START_S = 120.0  # for the fork server to import everything
 _GRACE_S = 0.3  # for more failures after the first one
 _VICTIM_S = 1.5  # for the culprit to show after a lost connection
 _STACK_S = 0.8  # for a rank to say where it is
@@ -80,8 +80,8 @@ class _Rank:
         if self._line:
             self.print_lines(b"\n")
 
-    def receive(self) -> Any:
-        """Return the next message: a process id, a `Failure`, or a descriptor."""
+    def receive(self) -> tuple[bytes, list[int]]:
+        """Return kind and descriptors of the next message; note birth and death."""
         try:
             kind, fds, _, _ = socket.recv_fds(self.sock, 1, 1)
         except ConnectionResetError:
@@ -140,11 +140,12 @@ class Run:
             self._pump(lambda: self._all_reported() or self._has_culprit(), _VICTIM_S)
             self._pump(self._all_reported, _GRACE_S)
         if self._failures or not self._all_reported():
-            self._locate()
+            returned = list(self._values)  # later is too late
+            where = self._locate()
             raise diagnose(
-                returned=self._values,
+                returned=returned,
                 failures=self._failures,
-                where=self._where,
+                where=where,
                 limit_s=limit_s,
             )
         return [self._values[rank.number] for rank in self._ranks]
@@ -216,7 +217,7 @@ class Run:
             kinds = {b"v": self._values, b"f": self._failures, b"s": self._where}
             kinds[kind][rank.number] = content
 
-    def _locate(self) -> None:
+    def _locate(self) -> dict[int, Where]:
         """Ask the ranks that have not reported where they are."""
         for rank in self._ranks:
             self._drain(rank)
@@ -240,10 +241,16 @@ class Run:
         for rank in silent:
             stack = rank.tail.decode(errors="replace") or "no stack: no answer\n"
             self._where[rank.number] = Where(stack=stack)
+        return {
+            rank.number: self._where[rank.number]
+            for rank in running
+            if rank.number not in self._failures  # meanwhile
+        }
 
 
 def _is_stopped(pid: int) -> bool:
     try:
-        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+        status = psutil.Process(pid).status()
     except psutil.NoSuchProcess:
         return False
+    return status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
