@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.util
 import json
 import os
 import sys
@@ -107,7 +106,9 @@ def _train(argv: list[str]) -> int:
     options = _parse_train(argv)
     config = options.config()
     if "RANK" in os.environ:
-        result = _as_rank("train", _train_rank, config)
+        from labpkg.runs.trainer import train
+
+        result = _as_rank("train", train, config)
         is_first = os.environ["RANK"] == "0"
     else:
         result = _launch_train(config, options.max_restarts)
@@ -148,21 +149,15 @@ def _launch_train(config: TrainConfig, max_restarts: int) -> TrainResult:
 
     start_fork_server()  # first: it imports torch while this process does the same
     from labpkg.runs.checkpoint import remove_partial
-    from labpkg.runs.trainer import check_config
+    from labpkg.runs.trainer import check_config, train
 
     config = check_config(config)
     try:
         return _launch(
-            "train", _train_rank, config, num_ranks=config.dp, max_restarts=max_restarts
+            "train", train, config, num_ranks=config.dp, max_restarts=max_restarts
         )[0]
     finally:
         remove_partial(config.out / "checkpoints")
-
-
-def _train_rank(config: TrainConfig) -> TrainResult:
-    from labpkg.runs.trainer import Trainer
-
-    return Trainer(config).run()
 
 
 def _print_result(result: TrainResult, started: float, as_json: bool) -> None:
@@ -187,7 +182,9 @@ def _run(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     path, function = _parse_target(options.target)
     if "RANK" in os.environ:
-        values = [_as_rank("run", _run_rank, path, function, options.device)]
+        from labpkg.runs.joining import call_in_file
+
+        values = [_as_rank("run", call_in_file, path, function, options.device)]
         first = int(os.environ["RANK"])
     else:
         values = _launch_run(path, function, options)
@@ -225,34 +222,20 @@ def _launch_run(path: str, function: str, options: argparse.Namespace) -> list[s
     import torch
 
     from labpkg.processes.mesh import choose_placement
+    from labpkg.runs.joining import call_in_file
 
     num_gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
     num_ranks = options.nproc if options.nproc is not None else num_gpus or 2
     choose_placement(num_ranks, device=options.device)
     return _launch(
         "run",
-        _run_rank,
+        call_in_file,
         path,
         function,
         options.device,
         num_ranks=num_ranks,
         max_restarts=options.max_restarts,
     )
-
-
-def _run_rank(path: str, function: str, device: str | None) -> str:
-    """Return the value as JSON: no other process may know its class."""
-    from labpkg.runs.joining import joined
-
-    sys.path.insert(0, os.path.dirname(path))
-    name = Path(path).stem
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    with joined(device):
-        spec.loader.exec_module(module)
-        return json.dumps(getattr(module, function)(), default=str)
 
 
 # doctor and bench ------------------------------------------------------------------

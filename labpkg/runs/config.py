@@ -87,8 +87,8 @@ class TrainConfig:
     """
 
     dp: int | None = None
-    steps: int = 400
-    global_batch_size: int = 32
+    steps: int = 600
+    global_batch_size: int = 8
     model: str | None = None
     data: str = "stdlib"
     lr: float | None = None

@@ -1,7 +1,7 @@
 """A rank joins its job: device, process group, and the way out.
 
 The same function runs as a rank of `labpkg train`, under torchrun, Slurm or mpirun
-(RANK is set), inside `World.run` (the group exists), or alone. `joined` finds out which.
+(RANK is set), inside `World.run` (the group exists), or alone: `joined` finds out.
 
 # Note [leaving]
 A process group must outlive the engines that use it: gloo can deadlock when it is
@@ -15,11 +15,15 @@ Chapter: processes/ranks.
 from __future__ import annotations
 
 import gc
+import importlib.util
+import json
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -71,6 +75,28 @@ def joined(device: str | None = None) -> Iterator[torch.device]:
             raise
         if owns_group:
             _leave_group()
+
+
+def call_in_file(path: str, function: str, device: str | None = None) -> str:
+    """Import a file as a rank, call a function of it, and return the value as JSON.
+
+    JSON, because no other process may know the classes of the file; what JSON does not
+    know is written as text.
+
+    Args:
+        path: The file; imports find its neighbours.
+        function: Name of a function without arguments.
+        device: As for `joined`.
+    """
+    sys.path.insert(0, os.path.dirname(path))
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    with joined(device):
+        spec.loader.exec_module(module)
+        return json.dumps(getattr(module, function)(), default=str)
 
 
 def _leave_group() -> None:

@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
     SignalException,
@@ -51,6 +51,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from labpkg.runs.preload import start_fork_server
 
 _BACKEND = "labpkg-loopback"
+_LOOPBACK = "127.0.0.1"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _LOST_PEER_WAIT_S = 1.0
 _STORE_TIMEOUT = timedelta(seconds=60)
@@ -101,7 +102,7 @@ def launch(
         )
     start_fork_server()
     with (
-        _listen_on_loopback() as listener,
+        _listen_on_loopback(os.environ.get("MASTER_PORT", 0)) as listener,
         tempfile.TemporaryDirectory(prefix="labpkg-") as logs,
         _restored_signals(),
         _quiet_engine(),
@@ -132,29 +133,20 @@ def _launch_config(
         monitor_interval=0.05,
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=logs),
-        local_addr="127.0.0.1",
+        local_addr=_LOOPBACK,
     )
 
 
 class _LoopbackRendezvous(RendezvousHandler):
     """The meeting point of one agent: a store behind a socket that is bound already.
 
-    Left alone, a TCPStore listens on every interface, whatever its host name.
+    Left alone, a TCPStore listens on every interface, whatever its host name. Each
+    start of the ranks gets a new store: in the old one they would find dead addresses.
     """
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         self._run_id = parameters.run_id
-        listener: socket.socket = parameters.config["listener"]
-        self._port: int = listener.getsockname()[1]
-        self._store = TCPStore(
-            "127.0.0.1",
-            self._port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=_STORE_TIMEOUT,
-            master_listen_fd=listener.detach(),  # the store closes it
-        )
-        self._num_rounds = 0
+        self._listener: socket.socket | None = parameters.config["listener"]
 
     @property
     def use_agent_store(self) -> bool:
@@ -164,10 +156,18 @@ class _LoopbackRendezvous(RendezvousHandler):
         return _BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
-        self._num_rounds += 1
-        store = PrefixStore(f"{self._run_id}/{self._num_rounds}", self._store)
-        address = RendezvousStoreInfo("127.0.0.1", self._port)
-        return RendezvousInfo(store, 0, 1, address)
+        listener = self._listener or _listen_on_loopback(0)
+        self._listener = None
+        port = listener.getsockname()[1]
+        store = TCPStore(
+            _LOOPBACK,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=_STORE_TIMEOUT,
+            master_listen_fd=listener.detach(),  # the store closes it
+        )
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(_LOOPBACK, port))
 
     def is_closed(self) -> bool:
         return False
@@ -188,21 +188,15 @@ class _LoopbackRendezvous(RendezvousHandler):
 rendezvous_handler_registry.register(_BACKEND, _LoopbackRendezvous)
 
 
-def _listen_on_loopback() -> socket.socket:
-    port = os.environ.get("MASTER_PORT", "0")
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+def _listen_on_loopback(port: str | int) -> socket.socket:
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", int(port)))
-        listener.listen()
+        return socket.create_server((_LOOPBACK, int(port)), backlog=128)
     except (OSError, ValueError, OverflowError) as error:
-        listener.close()
         why = getattr(error, "strerror", None) or "not a port number"
         raise ValueError(
             f"cannot listen on MASTER_PORT={port} ({why}); choose another port, or "
             "unset MASTER_PORT to get a free one"
         ) from None
-    return listener
 
 
 @contextmanager

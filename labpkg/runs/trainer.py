@@ -44,6 +44,7 @@ from labpkg.runs.tracking import RunningMean, Tracker
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 _NUM_REPORTS = 100
+_BETAS = (0.9, 0.95)  # short runs: the second moment must forget faster than usual
 _MAX_GRAD_NORM = 1.0
 _EVALUATION_BATCH = 256
 
@@ -136,6 +137,15 @@ class Trainer:
                 return _Run(config, device).complete()
 
 
+def train(config: TrainConfig) -> TrainResult:
+    """Call `Trainer(config).run()`: a function that launchers can find by its name.
+
+    Args:
+        config: What to train.
+    """
+    return Trainer(config).run()
+
+
 def check_config(config: TrainConfig) -> TrainConfig:
     """Check all that can be checked on this machine before any rank is started.
 
@@ -181,7 +191,7 @@ class _Run:
         self.dtype = _DTYPES[config.precision or "fp32"]
         model = build_model(config).to(device, self.dtype)
         self.model = DataParallel(model, self.mesh)
-        self.optimizer = AdamW(self.model.parameters(), lr=0.0, weight_decay=0.1)
+        self.optimizer = AdamW(self.model.parameters(), lr=0.0, betas=_BETAS)
         self.mean_loss = RunningMean(self.mesh, device)
         self.history: list[tuple[int, float]] = []
         self.first_step_time = 0.0

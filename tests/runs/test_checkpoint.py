@@ -1,0 +1,204 @@
+"""A checkpoint is complete and verified, or it is refused in one line."""
+
+import errno
+import json
+import os
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import labpkg as lab
+from labpkg.runs import checkpoint
+from labpkg.runs.checkpoint import newest_checkpoint, verify_checkpoint
+
+_GPT = lab.GPTConfig(num_layers=1, width=8, num_heads=2, sequence_length=4)
+
+
+def _trained(seed=0, steps=2):
+    torch.manual_seed(seed)
+    model = lab.GPT(_GPT)
+    optimizer = lab.AdamW(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        _step(model, optimizer)
+    return model, optimizer
+
+
+def _step(model, optimizer):
+    tokens = torch.randint(256, (2, 4))
+    lab.cross_entropy(model(tokens), tokens).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _save(folder, step=7, **trained):
+    model, optimizer = _trained(**trained)
+    path = lab.save_checkpoint(
+        folder, step=step, model=model, optimizer=optimizer, identity={"lr": 0.01}
+    )
+    return path, model, optimizer
+
+
+def _equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_loaded_run_goes_on_bit_by_bit(tmp_path):
+    path, model, optimizer = _save(tmp_path)
+    assert path == tmp_path / "step_000007"
+    _step(model, optimizer)
+    other, other_optimizer = _trained(seed=1, steps=1)
+    manifest = lab.load_checkpoint(path, model=other, optimizer=other_optimizer)
+    assert (manifest.step, manifest.identity) == (7, {"lr": 0.01})
+    _step(other, other_optimizer)  # the same random tokens: the generator came along
+    assert _equal(model.parameters(), other.parameters())
+
+
+def test_weights_are_plain_safetensors_with_tied_parameters_once(tmp_path):
+    path, model, _ = _save(tmp_path)
+    weights = safetensors.torch.load_file(path / "model.safetensors")
+    assert "head.output.weight" not in weights
+    fresh = lab.GPT(_GPT)
+    safetensors.torch.load_model(fresh, path / "model.safetensors")
+    assert _equal(model.parameters(), fresh.parameters())
+
+
+def test_loading_weights_alone_leaves_the_generator(tmp_path):
+    path, model, _ = _save(tmp_path)
+    fresh = lab.GPT(_GPT)
+    before = torch.get_rng_state()
+    lab.load_checkpoint(path, model=fresh)
+    assert torch.equal(before, torch.get_rng_state())
+    assert _equal(model.parameters(), fresh.parameters())
+
+
+def test_another_model_or_optimizer_is_refused_and_nothing_changes(tmp_path):
+    path, _, _ = _save(tmp_path)
+    wide = lab.GPT(
+        lab.GPTConfig(num_layers=1, width=12, num_heads=2, sequence_length=4)
+    )
+    with pytest.raises(
+        ValueError, match=r"another model: embedding.tokens.weight is \("
+    ):
+        lab.load_checkpoint(path, model=wide)
+    with pytest.raises(ValueError, match=r"0.weight is missing there and \(3, 2\)"):
+        lab.load_checkpoint(path, model=nn.Sequential(nn.Linear(2, 3)))
+    model, _ = _trained(seed=5)
+    before = [p.detach().clone() for p in model.parameters()]
+    sgd = lab.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="the state of AdamW, which SGD cannot use"):
+        lab.load_checkpoint(path, model=model, optimizer=sgd)
+    assert _equal(before, model.parameters())
+
+
+def _truncate(path, name):
+    os.truncate(path / name, os.path.getsize(path / name) // 2)
+
+
+def _flip_a_bit(path, name):
+    content = bytearray((path / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (path / name).write_bytes(content)
+
+
+_FILES = ("model.safetensors", "training.pt", "manifest.json")
+
+
+@pytest.mark.parametrize("name", _FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [_truncate, _flip_a_bit, lambda path, name: (path / name).unlink()],
+    ids=["truncated", "bit-flipped", "missing"],
+)
+def test_damage_is_found_in_every_file(tmp_path, name, damage):
+    path, model, optimizer = _save(tmp_path)
+    damage(path, name)
+    with pytest.raises(ValueError, match="is not a usable checkpoint: ") as caught:
+        lab.load_checkpoint(path, model=model, optimizer=optimizer)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_bit_of_the_manifest_counts(tmp_path):
+    path, _, _ = _save(tmp_path)
+    original = (path / "manifest.json").read_bytes()
+    for position in range(0, len(original), 7):
+        content = bytearray(original)
+        content[position] ^= 1
+        if json_equal(content, original):
+            continue  # white space: the same manifest
+        (path / "manifest.json").write_bytes(content)
+        with pytest.raises(ValueError, match="not a usable checkpoint"):
+            verify_checkpoint(path)
+
+
+def json_equal(a, b):
+    try:
+        return json.loads(a) == json.loads(b)
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[1, 2]", "damaged or foreign"),
+        (b"3", "damaged or foreign"),
+        (b'{"format": "pickle"}', "its format is 'pickle'"),
+        (b'{"format": "labpkg-checkpoint", "version": 99}', "it has version 99"),
+        (b'{"format": "labpkg-checkpoint", "version": 1}', "its checksum differs"),
+    ],
+)
+def test_foreign_folders_are_refused(tmp_path, content, message):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        verify_checkpoint(tmp_path)
+
+
+def test_the_newest_valid_checkpoint_is_found_and_the_others_explained(tmp_path):
+    assert newest_checkpoint(tmp_path / "none") == (None, [])
+    for step in (9, 1_000_000, 10):
+        _save(tmp_path, step=step)
+    assert newest_checkpoint(tmp_path) == (tmp_path / "step_1000000", [])
+    _flip_a_bit(tmp_path / "step_1000000", "training.pt")
+    found, skipped = newest_checkpoint(tmp_path)
+    assert found == tmp_path / "step_000010"
+    assert len(skipped) == 1
+    assert "step_1000000 is not a usable checkpoint: training.pt" in skipped[0]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    _save(tmp_path, seed=1)
+    path, model, _ = _save(tmp_path, seed=2)
+    fresh = lab.GPT(_GPT)
+    lab.load_checkpoint(path, model=fresh)
+    assert _equal(model.parameters(), fresh.parameters())
+    assert os.listdir(tmp_path) == ["step_000007"]
+
+
+def _full_disk(path, content):
+    (path.parent / "junk").write_bytes(content[:10])
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_older_checkpoints_and_nothing_half_written(
+    tmp_path, monkeypatch
+):
+    _save(tmp_path, step=1)
+    monkeypatch.setattr(checkpoint, "_write", _full_disk)
+    with pytest.raises(OSError, match=r"cannot save .*step_000002: No space left") as e:
+        _save(tmp_path, step=2)
+    assert e.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == ["step_000001"]
+    verify_checkpoint(tmp_path / "step_000001")
+
+
+def test_what_a_killed_save_left_behind_is_ignored_and_removed(tmp_path):
+    _save(tmp_path, step=1)
+    partial = tmp_path / "step_000009.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    assert newest_checkpoint(tmp_path) == (tmp_path / "step_000001", [])
+    _save(tmp_path, step=2)
+    assert not partial.exists()

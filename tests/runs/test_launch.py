@@ -1,0 +1,162 @@
+"""Jobs of the launcher, in a process of its own: it starts a fork server."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from labpkg.runs import launch as launch_module
+
+_JOBS = """
+import json, os, signal, sys, threading, time
+import torch
+from labpkg.runs.joining import joined
+from labpkg.runs.launch import JobFailed, launch
+import labpkg as lab
+
+def rank():
+    return int(os.environ["RANK"])
+
+def total(n):
+    with joined("cpu"):
+        lab.make_mesh(dp=2)
+        sum = lab.all_reduce(torch.tensor([rank() + n])).item()
+        return sum, torch.get_num_threads()
+
+def raises():
+    with joined("cpu"):
+        if rank() == 1:
+            raise RuntimeError("rank 1 is broken")
+        lab.all_reduce(torch.ones(1))
+
+def refuses():
+    with joined("cpu"):
+        raise ValueError("steps=0 is too small; choose 1")
+
+def dies():
+    with joined("cpu"):
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        lab.all_reduce(torch.ones(1))
+
+def leaves():
+    sys.exit(7)
+
+def dies_once():
+    if rank() == 0 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return total(0)[0], os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+def failure(function):
+    start = time.monotonic()
+    try:
+        return launch(function, num_ranks=2)
+    except JobFailed as e:
+        return str(e), e.is_bad_input, e.details.strip().splitlines()[-1:]
+    finally:
+        print(f"{function.__name__}: {time.monotonic() - start:.1f} s", file=sys.stderr)
+
+def main():
+    own = lambda number, frame: None
+    signal.signal(signal.SIGHUP, own)
+    environment = dict(os.environ)
+    answers = {
+        "total": launch(total, 10, num_ranks=2),
+        "handlers": [signal.getsignal(signal.SIGHUP) is own,
+                     signal.getsignal(signal.SIGINT) is signal.default_int_handler],
+        "environment": environment == dict(os.environ),
+        "raises": failure(raises),
+        "refuses": failure(refuses),
+        "dies": failure(dies),
+        "leaves": failure(leaves),
+        "dies_once": launch(dies_once, num_ranks=2, max_restarts=1),
+    }
+    print(json.dumps(answers))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("jobs")
+    (folder / "jobs.py").write_text(_JOBS)
+    done = subprocess.run(
+        [sys.executable, "jobs.py"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+    assert done.returncode == 0, done.stderr
+    # torch makes a cache folder for its compiler.
+    own = ("jobs.py", "__pycache__", "torchinductor_")
+    left = [path.name for path in folder.iterdir() if not path.name.startswith(own)]
+    return json.loads(done.stdout) | {"left": left, "stderr": done.stderr}
+
+
+def test_ranks_form_a_group_and_values_come_in_rank_order(jobs):
+    assert jobs["total"] == [[21, 1], [21, 1]]
+
+
+def test_handlers_and_environment_are_restored(jobs):
+    assert jobs["handlers"] == [True, True]
+    assert jobs["environment"]
+
+
+def test_the_rank_that_failed_is_named_not_the_one_that_lost_it(jobs):
+    assert jobs["raises"] == [
+        "rank 1 of 2: RuntimeError: rank 1 is broken",
+        False,
+        ["RuntimeError: rank 1 is broken"],
+    ]
+
+
+def test_a_refused_value_arrives_as_its_message(jobs):
+    message, is_bad_input, details = jobs["refuses"]
+    assert message == "steps=0 is too small; choose 1"
+    assert is_bad_input
+    assert details == ["ValueError: steps=0 is too small; choose 1"]
+
+
+def test_a_killed_rank_is_named_with_its_signal(jobs):
+    assert jobs["dies"] == ["rank 1 of 2: killed by SIGKILL", False, []]
+
+
+def test_a_rank_that_leaves_is_named_with_its_exit_code(jobs):
+    message, is_bad_input, _ = jobs["leaves"]
+    assert message.endswith("of 2: ended with exit code 7")
+    assert not is_bad_input
+
+
+def test_a_restart_starts_all_ranks_again(jobs):
+    assert jobs["dies_once"] == [[1, "1"], [1, "1"]]
+
+
+def test_nothing_is_left_and_the_engine_is_silent(jobs):
+    assert jobs["left"] == []
+    assert "torch/distributed" not in jobs["stderr"]
+    assert "Traceback" not in jobs["stderr"]
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(launch_module, "start_fork_server", lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ValueError, match=rf"MASTER_PORT={port} \(Address already"):
+            launch_module.launch(print, num_ranks=2)
+    monkeypatch.setenv("MASTER_PORT", "many")
+    with pytest.raises(ValueError, match=r"MASTER_PORT=many \(not a port number\)"):
+        launch_module.launch(print, num_ranks=2)
+
+
+@pytest.mark.parametrize(("num_ranks", "max_restarts"), [(0, 0), (2, -1)])
+def test_impossible_numbers(num_ranks, max_restarts):
+    with pytest.raises(ValueError, match="must be at least"):
+        launch_module.launch(print, num_ranks=num_ranks, max_restarts=max_restarts)

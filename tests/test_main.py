@@ -1,0 +1,407 @@
+"""The command line, as a user meets it: in processes of its own."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pytest
+import safetensors.torch
+import torch
+
+from labpkg import __main__ as command_line
+from labpkg.runs import preload
+from labpkg.runs.checkpoint import newest_checkpoint
+from labpkg.runs.config import TrainConfig
+from labpkg.runs.trainer import Trainer
+
+_WAIT_S = 100  # limits of waiting, for a busy machine; nothing here takes so long
+needs_tyro = pytest.mark.skipif(
+    find_spec("tyro") is None,
+    reason="tyro is not installed: no options of `labpkg train` to read",
+)
+
+
+@pytest.fixture
+def labpkg():
+    """Start the command line; whatever a failed test leaves of it is killed."""
+    started = []
+
+    def start(*arguments, **options):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "labpkg", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a terminal sends Ctrl-C to the whole group
+            **options,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _finish(process):
+    out, error = process.communicate(timeout=_WAIT_S)
+    return process.returncode, out, error
+
+
+def _digits(out, steps, *more):
+    return (
+        *("train", "--data", "digits", "--out", out, "--steps", steps),
+        *("--device", "cpu", "--dp", 2, "--global-batch-size", 16, *more),
+    )
+
+
+def _wait_for(condition):
+    end = time.monotonic() + _WAIT_S
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def _wait_for_checkpoint(process, out):
+    folder = Path(out) / "checkpoints"
+    _wait_for(lambda: process.poll() is not None or newest_checkpoint(folder)[0])
+    assert process.poll() is None, process.communicate()[1]
+
+
+def _ranks(process):
+    """The processes that the fork server of a launcher has forked."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if child.ppid() != process.pid]
+
+
+def _group_is_empty(process):
+    """Whether no process of the launcher's session is left; zombies do not count."""
+    left = []
+    for other in psutil.process_iter():
+        try:
+            alive = other.status() != psutil.STATUS_ZOMBIE
+            if alive and os.getsid(other.pid) == process.pid:
+                left.append(other)
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            continue
+    return not left
+
+
+def _run_whole(config):
+    return Trainer(config).run()
+
+
+def _weights(folder, step):
+    return safetensors.torch.load_file(
+        f"{folder}/checkpoints/step_{step:06d}/model.safetensors"
+    )
+
+
+@needs_tyro
+def test_train_prints_json_and_leaves_checkpoint_and_scalars(tmp_path, labpkg):
+    process = labpkg(*_digits(tmp_path, 30, "--json", "--checkpoint-every", 20))
+    code, out, error = _finish(process)
+    assert code == 0, error
+    result = json.loads(out)
+    assert (result["num_ranks"], result["backend"]) == (2, "gloo")
+    assert (result["steps"], result["device"], result["precision"]) == (
+        30,
+        "CPU",
+        "fp32",
+    )
+    assert result["history"][-1][1] < result["history"][0][1]
+    assert result["units_per_s"] > 0
+    assert 0 < result["first_step_s"] < _WAIT_S
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [
+        "step_000020",
+        "step_000030",
+    ]
+    assert os.listdir(tmp_path / "tensorboard")
+    assert "loss=" in error  # the progress bar
+    _wait_for(lambda: _group_is_empty(process))
+
+
+@needs_tyro
+def test_a_killed_rank_restarts_the_job_and_changes_nothing(tmp_path, world2, labpkg):
+    steps, every = 3000, 500
+    process = labpkg(
+        *_digits(tmp_path / "killed", steps, "--checkpoint-every", every),
+        *("--max-restarts", 1),
+    )
+    _wait_for_checkpoint(process, tmp_path / "killed")
+    _ranks(process)[1].kill()
+    code, out, error = _finish(process)
+    assert code == 0, error
+    assert "Resumed from" in error
+    assert "Validation loss" in out
+    assert "Ran mlp (2,410 parameters) on 2 ranks" in out
+    whole = TrainConfig(
+        data="digits",
+        out=tmp_path / "whole",
+        steps=steps,
+        global_batch_size=16,
+        checkpoint_every=0,
+    )
+    world2.run(_run_whole, whole, timeout_s=_WAIT_S)
+    a, b = _weights(tmp_path / "killed", steps), _weights(tmp_path / "whole", steps)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    _wait_for(lambda: _group_is_empty(process))
+
+
+@needs_tyro
+def test_ctrl_c_ends_all_in_one_line_and_only_the_loopback_was_used(tmp_path, labpkg):
+    process = labpkg(*_digits(tmp_path, 10**6, "--checkpoint-every", 100))
+    _wait_for_checkpoint(process, tmp_path)
+    listening = [
+        connection.laddr.ip
+        for member in [psutil.Process(process.pid), *_ranks(process)]
+        for connection in member.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) >= 2  # the store, and gloo in the ranks
+    assert set(listening) == {"127.0.0.1"}
+    os.killpg(process.pid, signal.SIGINT)
+    start = time.monotonic()
+    code, out, error = _finish(process)
+    assert time.monotonic() - start < 10
+    assert (code, out) == (130, "")
+    assert error.splitlines()[-1].startswith("labpkg train: interrupted")
+    assert "Traceback" not in error
+    _wait_for(lambda: _group_is_empty(process))
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+@needs_tyro
+def test_sigterm_ends_the_ranks_too(tmp_path, labpkg):
+    process = labpkg(*_digits(tmp_path, 10**6, "--checkpoint-every", 100))
+    _wait_for_checkpoint(process, tmp_path)
+    process.terminate()
+    code, _, error = _finish(process)
+    assert code == 128 + signal.SIGTERM
+    assert "Traceback" not in error
+    _wait_for(lambda: _group_is_empty(process))
+
+
+@needs_tyro
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path, labpkg):
+    process = labpkg(*_digits(tmp_path, 10**6, "--checkpoint-every", 100))
+    _wait_for_checkpoint(process, tmp_path)
+    process.kill()
+    _finish(process)
+    _wait_for(lambda: _group_is_empty(process))
+
+
+@needs_tyro
+def test_ctrl_c_while_everything_still_imports(tmp_path, labpkg):
+    process = labpkg(*_digits(tmp_path, 10))
+    _wait_for(lambda: psutil.Process(process.pid).children())  # the fork server
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, error = _finish(process)
+    assert code == 130
+    assert error == "labpkg train: interrupted\n"
+    _wait_for(lambda: _group_is_empty(process))
+
+
+def _limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+@needs_tyro
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, labpkg):
+    # The checkpoint of the MLP has 30 kB, its largest file more than 20 kB.
+    process = labpkg(*_digits(tmp_path, 20), preexec_fn=_limit_file_size)
+    code, _, error = _finish(process)
+    assert code == 2
+    last = error.splitlines()[-1]
+    assert last.startswith("labpkg train: [Errno 27] cannot save ")
+    assert last.endswith("the older checkpoints are intact: make room and resume")
+    assert "Traceback" not in error
+    assert os.listdir(tmp_path / "checkpoints") == []
+
+
+@needs_tyro
+def test_under_torchrun_it_joins(tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ("train", "--data", "digits", "--steps", "5", "--device", "cpu", "--json")
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "labpkg", *options, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=_WAIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_ranks"] == 2  # rank 0 alone prints
+
+
+# run -------------------------------------------------------------------------------
+
+_JOB = """
+import torch
+import labpkg as lab
+
+def total():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    return int(lab.all_reduce(torch.tensor(mesh.get_local_rank() + 1), mesh))
+
+def fails():
+    raise ValueError("my own mistake")
+"""
+
+
+def test_run_calls_a_function_of_a_file_on_every_rank(tmp_path, labpkg):
+    (tmp_path / "job.py").write_text(_JOB)
+    options = ("--nproc", 2, "--device", "cpu")
+    good = labpkg("run", "job.py:total", *options, cwd=tmp_path)
+    assert _finish(good)[:2] == (0, "[0] 3\n[1] 3\n")
+    bad = labpkg("run", "job.py:fails", *options, cwd=tmp_path)
+    code, out, error = _finish(bad)
+    assert (code, out) == (2, "")
+    assert 'job.py", line 10, in fails' in error  # where, for the author of the file
+    assert error.splitlines()[-1] == "labpkg run: my own mistake"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("job.py", "'job.py' is not FILE.py:FUNCTION"),
+        ("none.py:main", "cannot read 'none.py': No such file or directory"),
+        ("job.py:main", "job.py defines no function 'main'; it has: total, fails"),
+        ("broken.py:main", "broken.py, line 1: invalid syntax"),
+    ],
+)
+def test_run_refuses_what_it_cannot_find(
+    tmp_path, monkeypatch, capsys, target, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.py").write_text(_JOB)
+    (tmp_path / "broken.py").write_text("def def\n")
+    assert command_line.main(["run", target]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"labpkg run: {message}")
+    assert error.count("\n") == 1
+
+
+# Bad input is answered before any rank starts. ------------------------------------
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    """Let the fork server, which only imports, stay out of the test process."""
+    monkeypatch.setattr(preload, "start_fork_server", lambda: None)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+
+
+@needs_tyro
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "steps=0 is too small; choose 1 or more"),
+        (["--model", "gpt-1t"], "model='gpt-1t' is unknown; choose gpt-1m or gpt-10m"),
+        (["--data", "mnist"], "data='mnist' is neither digits nor stdlib nor a file"),
+        (["--dp", "3", "--global-batch-size", "2"], "global_batch_size=2 leaves some"),
+        (["--max-restarts", "-1"], "max_restarts=-1 is below 0; choose 0"),
+        (["--device", "cuda", "--dp", "8"], "dp=8 on device='cuda' needs 8 GPUs"),
+        (["--data", "digits", "--resume"], "{out}/checkpoints has no checkpoint"),
+        (
+            ["--data", "digits", "--resume", "nowhere"],
+            "nowhere is not a usable checkpoint: manifest.json cannot be read (No such",
+        ),
+        (["--data", "{out}/short"], "'{out}/short', train part: 4 bytes are too short"),
+        (
+            ["--data", "digits", "--out", "{out}/short"],
+            "out='{out}/short' cannot be written to (File exists)",
+        ),
+    ],
+)
+def test_bad_options(tmp_path, capsys, no_processes, options, message):
+    (tmp_path / "short").write_text("short")
+    options = [option.format(out=tmp_path) for option in options]
+    where = [] if "--out" in options else ["--out", str(tmp_path)]
+    assert command_line.main(["train", "--device", "cpu", *where, *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"labpkg train: {message.format(out=tmp_path)}")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert os.listdir(tmp_path) == ["short"]
+
+
+@needs_tyro
+def test_a_port_in_use(tmp_path, capsys, no_processes, monkeypatch):
+    from labpkg.runs import launch
+
+    monkeypatch.setattr(launch, "start_fork_server", lambda: None)
+    monkeypatch.setenv("MASTER_PORT", "0")
+    with launch._listen_on_loopback(0) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        arguments = ["train", "--data", "digits", "--out", str(tmp_path)]
+        assert command_line.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"labpkg train: cannot listen on MASTER_PORT={port} (Addr")
+    assert error.count("\n") == 1
+
+
+@needs_tyro
+def test_every_option_is_documented(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main(["train", "--help"])
+    text = capsys.readouterr().out
+    for option in (
+        *("--dp", "--steps", "--global-batch-size", "--model", "--data", "--lr"),
+        *("--precision", "--device", "--seed", "--out", "--checkpoint-every"),
+        *("--resume", "--max-restarts", "--json"),
+    ):
+        assert option in text
+    assert "Data-parallel ranks; None takes all GPUs" in text
+    assert "Restarts after a rank has died" in text
+
+
+def test_without_tyro_it_says_how_to_install_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert command_line.main(["train", "--steps", "5"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("labpkg train: reading options needs tyro")
+    assert error.endswith("-m pip install tyro\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "completed"),
+    [
+        (["--resume"], ["--resume", "newest"]),
+        (["--resume", "--json"], ["--resume", "newest", "--json"]),
+        (["--resume", "a/b", "--json"], ["--resume", "a/b", "--json"]),
+        (["--json"], ["--json"]),
+    ],
+)
+def test_resume_may_stand_alone(given, completed):
+    assert command_line._complete_resume(given) == completed
+
+
+def test_help_version_and_unknown_commands(capsys):
+    assert command_line.main([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in ("train", "run", "doctor", "bench"))
+    assert command_line.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("labpkg 0.")
+    assert command_line.main(["fly"]) == 2
+    assert "choose one of train, run, doctor, bench" in capsys.readouterr().err
+
+
+def test_the_console_script_exists():
+    script = shutil.which("labpkg", path=os.path.dirname(sys.executable))
+    if script is None:
+        pytest.skip("labpkg is not installed in this interpreter: no console script")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("labpkg 0.")
