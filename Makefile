@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV ?= .venv
-OUT ?= runs_out/lab
+OUT ?= runs_out/train
 PORT ?= 8000
 
 BIN := $(VENV)/bin
@@ -38,7 +38,7 @@ ifdef TORCH_INDEX_URL
 	  --index-url $(TORCH_INDEX_URL) "$$(grep '^torch==' requirements.txt)"
 endif
 	@$(STEP) -q "Install requirements.txt (some minutes, torch is large)" $(PIP) -r requirements.txt
-	@$(STEP) -q "Install labpkg from this folder" $(PIP) --no-deps -e .
+	@$(STEP) -q "Install labpkg from this folder" $(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 # ---- the main job --------------------------------------------------------------
