@@ -56,8 +56,8 @@ def recorded(
         )
     if not path.exists():
         print(
-            f"Nothing is recorded for {name} yet. On a machine with GPUs, this records "
-            f"it:\n\n    labpkg bench {name} --json > book/data/{path.name}"
+            f"Nothing is recorded for {name} yet. On a machine with GPUs, run\n\n"
+            f"    labpkg bench {name} --json > book/data/{path.name}"
         )
         return None
     record = _read(path, name)
