@@ -16,10 +16,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STEP := scripts/step.sh
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
-NOTEBOOKS = $(shell $(BIN)/python scripts/notebooks.py list)
 BROWSER_TESTS := tests/book
 WORKFLOW_TESTS := tests/test_lab.py
 
+.NOTPARALLEL:
 .PHONY: help lab train test lint unit notebooks-test book-test lab-test soak book execute \
 	figures screenshots notebook serve test-gpu clean
 
@@ -86,9 +86,10 @@ unit: $(READY)
 	  --ignore $(BROWSER_TESTS) --ignore $(WORKFLOW_TESTS) tests
 
 notebooks-test: $(READY)
-	@$(STEP) "Run every notebook" $(BIN)/python -m pytest -p no:timeout --nbval-lax \
+	@files=$$($(BIN)/python scripts/notebooks.py list) || exit 1; \
+	$(STEP) "Run every notebook" $(BIN)/python -m pytest --timeout 0 --nbval-lax \
 	  --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120 \
-	  --durations=5 $(NOTEBOOKS)
+	  --durations=5 $$files
 
 book-test: $(READY)
 	@$(STEP) "Build the book and look at it in the browser" \

@@ -4,6 +4,8 @@ import copy
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -225,3 +227,19 @@ def test_a_failing_cell_leaves_the_notebook_as_it_was(tmp_path):
     with pytest.raises(Exception, match="ZeroDivisionError"):
         notebooks.execute(path, root=tmp_path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("source", "passes"), [("assert True", 1), ("assert 0", 0)])
+def test_a_notebook_fails_with_its_assertions(tmp_path, source, passes):
+    cell = nbformat.v4.new_code_cell(source)
+    path = tmp_path / "a.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    recipe = (
+        (ROOT / "Makefile").read_text().split("notebooks-test:")[1].split("\n\n")[0]
+    )
+    flags = [word for word in recipe.split() if word.startswith("--nbval")]
+    assert "--nbval-lax" in flags
+    command = [sys.executable, "-m", "pytest", "-q", *flags, str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode == 0) == bool(passes), result.stdout
+    assert "1 passed" in result.stdout or "1 failed" in result.stdout
