@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-NAMES = ("data_parallel", "launch", "train")
+NAMES = ("cross_entropy", "data_parallel", "launch", "train")
 
 _COLUMNS = ("variant", "wall_ratio", "cpu_ratio", "samples", "value", "unit")
 

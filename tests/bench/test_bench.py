@@ -5,7 +5,7 @@ import json
 import pytest
 
 from labpkg import bench
-from labpkg.bench import data_parallel, train
+from labpkg.bench import cross_entropy, data_parallel, train
 
 ROW = {"config", "variant", "wall_ratio", "cpu_ratio", "samples", "value", "unit"}
 
@@ -47,7 +47,7 @@ def test_report_prints_as_one_table_per_configuration(monkeypatch):
     assert len({len(line) for line in lines[3:6]}) == 1
 
 
-@pytest.mark.parametrize("module", [train, data_parallel])
+@pytest.mark.parametrize("module", [cross_entropy, train, data_parallel])
 def test_quick_rows(module):
     rows = module.rows(quick=True)
     assert all(set(row) == ROW for row in rows)
