@@ -79,7 +79,7 @@ def _measure(
         name: _training_step(name, make, config, dp, text, losses)
         for name, make in _variants(dp).items()
     }
-    rounds, most = (2, 2) if quick else (15, 45)
+    rounds, most = (2, 2) if quick else (12, 24)
     samples = alternate(
         steps, num_rounds=rounds, max_rounds=most, sample_s=0.05 if quick else 0.5
     )

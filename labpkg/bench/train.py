@@ -69,7 +69,7 @@ def _measure(name: str, batch_size: int, quick: bool) -> dict[str, list[Sample]]
         "labpkg": _training_step(config, text, cross_entropy, AdamW),
         "torch": _training_step(config, text, torch_loss, torch_adamw),
     }
-    rounds, most = (2, 2) if quick else (15, 45)
+    rounds, most = (2, 2) if quick else (12, 24)
     return alternate(
         variants, num_rounds=rounds, max_rounds=most, sample_s=0.05 if quick else 0.5
     )
