@@ -14,6 +14,7 @@ import argparse
 import ast
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -74,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         _complain(command, error)
         return _BAD_INPUT
-    except KeyboardInterrupt:
-        _complain(command, "interrupted")
+    except KeyboardInterrupt as interrupt:
+        _complain(command, " ".join(["interrupted", *map(str, interrupt.args)]))
         return _INTERRUPTED
 
 
@@ -148,16 +149,23 @@ def _launch_train(config: TrainConfig, max_restarts: int) -> TrainResult:
     from labpkg.runs.preload import start_fork_server
 
     start_fork_server()  # first: it imports torch while this process does the same
-    from labpkg.runs.checkpoint import remove_partial
+    from labpkg.runs.checkpoint import newest_checkpoint, remove_partial
     from labpkg.runs.trainer import check_config, train
 
     config = check_config(config)
+    folder = config.out / "checkpoints"
     try:
         return _launch(
             "train", train, config, num_ranks=config.dp, max_restarts=max_restarts
         )[0]
+    except KeyboardInterrupt:
+        newest, _ = newest_checkpoint(folder)
+        if newest is None:
+            raise
+        hint = f"(newest checkpoint {newest}; the same command with --resume goes on)"
+        raise KeyboardInterrupt(hint) from None
     finally:
-        remove_partial(config.out / "checkpoints")
+        remove_partial(folder)
 
 
 def _print_result(result: TrainResult, started: float, as_json: bool) -> None:
@@ -273,11 +281,21 @@ def _launch(command: str, function: Callable[..., Any], *args: Any, **how: Any) 
 
     try:
         return launch(function, *args, **how)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # a progress bar that was killed leaves its line open
+        raise
+    except SystemExit as end:
+        print(file=sys.stderr)
+        _complain(command, f"ended by {signal.Signals(int(end.code or 0) - 128).name}")
+        raise
     except JobFailed as error:
-        if not error.is_bad_input or command == "run":
-            print(error.details, end="", file=sys.stderr)
+        print(file=sys.stderr)
+        if error.refusal and command == "train":
+            _complain(command, error.refusal)
+            raise SystemExit(_BAD_INPUT) from None
+        print(error.details, end="", file=sys.stderr)
         _complain(command, error)
-        raise SystemExit(_BAD_INPUT if error.is_bad_input else _FAILED) from None
+        raise SystemExit(_FAILED) from None
 
 
 def _as_rank(command: str, function: Callable[..., Any], *args: Any) -> Any:

@@ -118,11 +118,12 @@ def save_checkpoint(
         _flush_folder(target.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            error.errno,
-            f"cannot save {target}: {os.strerror(error.errno or 0)}; the older "
-            "checkpoints are intact: make room and resume",
-        ) from error
+        failure = OSError(
+            f"cannot save {target}: {error.strerror}; the older checkpoints are "
+            "intact: make room and resume"
+        )
+        failure.errno = error.errno
+        raise failure from error
     return target
 
 

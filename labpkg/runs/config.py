@@ -27,10 +27,10 @@ _FLOOR = 0.1  # where it ends, as a part of the peak
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """A model by name: its sizes, the data it reads and its usual learning rate.
+    """A model by name.
 
     Attributes:
-        lr: Peak learning rate, found by trial at the default batch size.
+        lr: Its usual peak learning rate.
         sizes: Arguments of `GPTConfig`; empty for the MLP of the digits.
     """
 
@@ -50,7 +50,7 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
             },
         ),
         "gpt-10m": Preset(
-            lr=1.5e-3,
+            lr=1e-3,
             sizes={
                 "num_layers": 6,
                 "width": 384,

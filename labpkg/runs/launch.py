@@ -55,21 +55,22 @@ _LOOPBACK = "127.0.0.1"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _LOST_PEER_WAIT_S = 1.0
 _STORE_TIMEOUT = timedelta(seconds=60)
-_BAD_INPUT, _FAILED = 2, 1
+_REFUSED, _FAILED = 2, 1
 
 
 class JobFailed(Exception):
     """A rank failed, and there was no restart left.
 
     Args:
-        message: One line: the rank's error, or the signal that killed it.
+        message: One line: the rank, and its error or the signal that killed it.
         details: The rank's traceback; empty after a signal.
-        is_bad_input: Whether the rank refused a value (ValueError) or a file (OSError).
+        refusal: The text of the error alone if it was a ValueError or an OSError: such
+            an error is about a value or a file, and says what to do; else empty.
     """
 
-    def __init__(self, message: str, *, details: str, is_bad_input: bool) -> None:
+    def __init__(self, message: str, *, details: str, refusal: str) -> None:
         super().__init__(message)
-        self.details, self.is_bad_input = details, is_bad_input
+        self.details, self.refusal = details, refusal
 
 
 def launch(
@@ -238,23 +239,26 @@ def _quiet_engine() -> Iterator[None]:
 
 def _job_failed(error: ChildFailedError, num_ranks: int) -> JobFailed:
     rank, failure = error.get_first_failure()
-    details, is_bad_input = "", failure.exitcode == _BAD_INPUT
+    details = refusal = ""
     report: Any = failure.message  # what the rank has written, else a sentence
     if isinstance(report, dict):
         message, details = report["message"], report["extraInfo"]["py_callstack"]
+        if failure.exitcode == _REFUSED:
+            refusal = message.partition(": ")[2]
     elif failure.exitcode < 0:
         message = f"killed by {failure.signal_name()}"
     else:
         message = f"ended with exit code {failure.exitcode}"
-    if is_bad_input:
-        message = message.partition(": ")[2]
-    else:
-        message = f"rank {rank} of {num_ranks}: {message}"
-    return JobFailed(message, details=details, is_bad_input=is_bad_input)
+    message = f"rank {rank} of {num_ranks}: {message}"
+    return JobFailed(message, details=details, refusal=refusal)
 
 
 def _rank(function: Callable[..., Any], args: tuple) -> Any:
     """Be a rank: called in a process that the fork server has forked."""
+    from tqdm import tqdm
+
+    # Its own lock would be a named semaphore, which a killed rank leaves behind.
+    tqdm.set_lock(threading.RLock())
     # Python's own handler would wait until a collective returns.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_launcher, daemon=True).start()
@@ -273,9 +277,9 @@ def _give_up(error: Exception) -> NoReturn:
     get_error_handler().record_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    is_bad_input = isinstance(error, (ValueError, OSError))
+    is_refusal = isinstance(error, (ValueError, OSError))
     # Not sys.exit: leaving the group could wait for peers that are stuck.
-    os._exit(_BAD_INPUT if is_bad_input else _FAILED)
+    os._exit(_REFUSED if is_refusal else _FAILED)
 
 
 def _end_with_launcher() -> None:

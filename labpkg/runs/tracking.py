@@ -94,7 +94,8 @@ class Tracker:
         if self._active:
             for tag, value in scalars.items():
                 self._writer.add_scalar(tag, value, step)
-            self._bar.set_postfix(shown, refresh=False)
+            if shown:
+                self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:

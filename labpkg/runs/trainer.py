@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,12 +210,12 @@ class _Run:
             first_step=first_step,
             steps=self.config.steps,
         )
-        for note in notes:
-            tracker.say(note)
-        rate = self._train(first_step, tracker)
-        loss = self._evaluate()
-        tracker.report(self.config.steps, {"loss/validation": loss})
-        tracker.close()
+        with closing(tracker):
+            for note in notes:
+                tracker.say(note)
+            rate = self._train(first_step, tracker)
+            loss = self._evaluate()
+            tracker.report(self.config.steps, {"loss/validation": loss})
         return self._result(loss, rate, checkpoint)
 
     def _train(self, first_step: int, tracker: Tracker) -> float:

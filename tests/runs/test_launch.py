@@ -55,7 +55,7 @@ def failure(function):
     try:
         return launch(function, num_ranks=2)
     except JobFailed as e:
-        return str(e), e.is_bad_input, e.details.strip().splitlines()[-1:]
+        return str(e), e.refusal, e.details.strip().splitlines()[-1:]
     finally:
         print(f"{function.__name__}: {time.monotonic() - start:.1f} s", file=sys.stderr)
 
@@ -112,26 +112,26 @@ def test_handlers_and_environment_are_restored(jobs):
 def test_the_rank_that_failed_is_named_not_the_one_that_lost_it(jobs):
     assert jobs["raises"] == [
         "rank 1 of 2: RuntimeError: rank 1 is broken",
-        False,
+        "",
         ["RuntimeError: rank 1 is broken"],
     ]
 
 
 def test_a_refused_value_arrives_as_its_message(jobs):
-    message, is_bad_input, details = jobs["refuses"]
-    assert message == "steps=0 is too small; choose 1"
-    assert is_bad_input
+    message, refusal, details = jobs["refuses"]
+    assert message.endswith(" of 2: ValueError: steps=0 is too small; choose 1")
+    assert refusal == "steps=0 is too small; choose 1"
     assert details == ["ValueError: steps=0 is too small; choose 1"]
 
 
 def test_a_killed_rank_is_named_with_its_signal(jobs):
-    assert jobs["dies"] == ["rank 1 of 2: killed by SIGKILL", False, []]
+    assert jobs["dies"] == ["rank 1 of 2: killed by SIGKILL", "", []]
 
 
 def test_a_rank_that_leaves_is_named_with_its_exit_code(jobs):
-    message, is_bad_input, _ = jobs["leaves"]
+    message, refusal, _ = jobs["leaves"]
     assert message.endswith("of 2: ended with exit code 7")
-    assert not is_bad_input
+    assert refusal == ""
 
 
 def test_a_restart_starts_all_ranks_again(jobs):

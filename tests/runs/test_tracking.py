@@ -1,0 +1,54 @@
+"""Means over ranks weigh by counts."""
+
+import pytest
+import torch
+
+import labpkg as lab
+from labpkg.runs.tracking import RunningMean, Tracker
+
+
+def _means():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    rank = mesh.get_local_rank()
+    mean = RunningMean(mesh, torch.device("cpu"))
+    mean.add(torch.tensor(1.0), 3)
+    if rank == 1:
+        mean.add(torch.tensor(5.0), 1)
+    first = mean.read()
+    mean.add(torch.tensor(float(rank)), 2)
+    return first, mean.read()
+
+
+def test_a_mean_counts_what_each_rank_has_seen_and_starts_again(world2):
+    # (3 * 1) and (3 * 1 + 1 * 5) over 3 and 4; a mean of the two means gives 1.5.
+    assert world2.run(_means) == [((11 / 7, 7), (0.5, 4))] * 2
+
+
+def test_only_an_active_tracker_writes(tmp_path, capfd):
+    for active in (False, True):
+        tracker = Tracker(tmp_path / str(active), active=active, first_step=2, steps=4)
+        tracker.say("a note")
+        tracker.report(3, {"loss": 1.0}, loss="1.000")
+        tracker.report(4, {"loss/validation": 2.0})
+        tracker.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["True"]
+    error = capfd.readouterr().err
+    assert error.count("a note") == 1
+    assert "4/4" in error
+    assert "loss=1.000" in error.splitlines()[-1]
+
+
+def test_scalars_can_be_read_back(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is not installed",
+    )
+    tracker = Tracker(tmp_path, active=True, first_step=0, steps=2)
+    tracker.report(1, {"loss/train": 3.0})
+    tracker.report(2, {"loss/train": 2.5})
+    tracker.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss/train")] == [
+        (1, 3.0),
+        (2, 2.5),
+    ]
