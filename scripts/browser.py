@@ -90,6 +90,10 @@ _FACTS = """() => {
       .map(e => e.textContent.slice(0, 40)),
     formula_errors: all('mjx-merror').map(e => e.textContent),
     broken_images: all('img').filter(i => i.naturalWidth === 0).map(i => i.src),
+    stretched_images: all('article img')
+      .filter(i => i.naturalWidth && Math.abs(Math.log(
+        i.width / i.height / i.naturalWidth * i.naturalHeight)) > 0.05)
+      .map(i => i.src),
     images_without_text: all('article img').filter(i => !i.alt).map(i => i.src),
   };
 }"""

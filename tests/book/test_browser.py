@@ -14,6 +14,7 @@ WRONG = (
     "raw_formulas",
     "formula_errors",
     "broken_images",
+    "stretched_images",
     "images_without_text",
 )
 
@@ -62,6 +63,8 @@ PLANTED = """<!doctype html><html data-theme="light"><body><article>
 <p style="width: 2000px">wide</p>
 <span class="math">x^2</span>
 <img src="missing.png" alt="">
+<img width="90" height="30" alt="wide" src="data:image/gif;base64,
+R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7">
 <script src="http://192.0.2.1/x.js"></script>
 </article></body></html>"""
 
@@ -77,6 +80,7 @@ def test_planted_faults_are_seen(chromium, tmp_path):
         "px wider",
         "raw_formulas: ['x^2']",
         "broken_images: ['http://127",
+        "stretched_images: ['data:",
         "images_without_text",
         "console error: planted",
         "status 404",
