@@ -28,6 +28,13 @@ from labpkg.check.ranks_exercises import (
     shard_bounds,
 )
 from labpkg.check.result import CheckResult
+from labpkg.check.setup_exercises import (
+    new_enough,
+    rank_variables,
+    ranks_per_gpu,
+    threads_per_rank,
+    visible_gpus,
+)
 
 __all__ = [
     "CheckResult",
@@ -42,9 +49,14 @@ __all__ = [
     "label_smoothing",
     "loss_weights",
     "mean_gradients",
+    "new_enough",
+    "rank_variables",
+    "ranks_per_gpu",
     "ring_neighbours",
     "shard_batch",
     "shard_bounds",
     "softmax",
+    "threads_per_rank",
+    "visible_gpus",
     "weighted_mean",
 ]

@@ -51,7 +51,7 @@ class Exercise:
     Args:
         name: of the function that the reader writes.
         arguments: names of its arguments.
-        reference: the right answer; returns a tensor, or a sequence of tensors.
+        reference: the right answer; returns a number, tensor or text, or a sequence.
         cases: argument tuples, from the plainest to the most extreme.
         mistakes: hint -> the wrong function that calls for it, the likeliest first.
         hint: shown when no mistake is recognised.
@@ -152,6 +152,8 @@ class _Trial:
                 and len(got) == len(expected)
                 and all(map(self._agree, got, expected))
             )
+        if expected is None or isinstance(expected, str):
+            return type(got) is type(expected) and got == expected
         a, b = _as_tensor(got), _as_tensor(expected)
         if a is None or b is None or a.shape != b.shape:
             return False

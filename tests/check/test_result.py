@@ -139,6 +139,23 @@ def test_sequences_of_tensors_are_compared_one_by_one():
     assert PIECES.check(lambda x, n: x).hint.startswith("the function returns its arg")
 
 
+def test_text_and_none_are_compared_too():
+    first = Exercise(
+        name="first",
+        arguments=("text", "default"),
+        reference=lambda text, default: text[0] if text else default,
+        cases=[("ab", None), ("", None)],
+        mistakes={"this is the last": lambda text, default: text[-1:]},
+        hint="the first character, or the default",
+    )
+    assert first.check(lambda text, default: [*text, default][0])
+    assert first.check(lambda text, default: text[-1]).hint == "this is the last"
+    assert first.check(lambda text, default: 1).hint == "return a str, not a scalar"
+    wrong = first.check(lambda text, default: text)
+    assert wrong.hint.startswith("the function returns its argument unchanged")
+    assert "input    text = 'ab', default = None" in wrong.message
+
+
 def test_a_large_tensor_is_shown_by_its_shape():
     large = Exercise(
         name="double",
