@@ -12,6 +12,7 @@ Chapter: planning/measuring.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib
 import os
 import platform
@@ -28,7 +29,8 @@ class Report(dict[str, Any]):
     """The answer of a benchmark: a dictionary for JSON that prints as tables."""
 
     def __str__(self) -> str:
-        machine = ", ".join(f"{key} {value}" for key, value in self["machine"].items())
+        facts = {**self["machine"], **self["versions"]}
+        machine = ", ".join(f"{key} {value}" for key, value in facts.items())
         lines = [f"{self['name']} on {machine}"]
         for config in dict.fromkeys(row["config"] for row in self["rows"]):
             rows = [row for row in self["rows"] if row["config"] == config]
@@ -45,7 +47,8 @@ def run(name: str, quick: bool = False) -> Report:
         quick: Few repetitions of small work: shows the form, says nothing about speed.
 
     Returns:
-        A dictionary with `name`, `machine` and `rows`; `str` makes it a table.
+        A dictionary with `name`, `machine`, `versions`, `date`, `command` and `rows`:
+        what `labpkg.plot.recorded` draws. `str` makes it a table.
 
     Raises:
         ValueError: If there is no such benchmark.
@@ -57,13 +60,30 @@ def run(name: str, quick: bool = False) -> Report:
     module = importlib.import_module(f"labpkg.bench.{name}")
     with contextlib.redirect_stdout(sys.stderr):  # the answer may be read as JSON
         rows = module.rows(quick=quick)
-    return Report(name=name, machine=_machine(), rows=rows)
+    return Report(
+        name=name,
+        machine=_machine(),
+        versions=_versions(),
+        date=datetime.date.today().isoformat(),
+        command=f"labpkg bench {name}{' --quick' if quick else ''} --json",
+        rows=rows,
+    )
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    import labpkg
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "labpkg": labpkg.__version__,
+    }
 
 
 def _machine() -> dict[str, Any]:
     import torch
-
-    import labpkg
 
     num_gpus = torch.cuda.device_count()
     gpus = {torch.cuda.get_device_name(i) for i in range(num_gpus)}
@@ -72,9 +92,6 @@ def _machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "gpus": f"{num_gpus} x {' and '.join(sorted(gpus))}" if gpus else "none",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "labpkg": labpkg.__version__,
     }
 
 

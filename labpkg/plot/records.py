@@ -5,7 +5,7 @@ that there is none and which command would make it. A record is what `labpkg ben
 --json` prints, an object with the keys
 
     name      the benchmark, as in the file name
-    gpu       the device, such as "8 x H100 SXM"
+    machine   an object with `gpus`, such as "8 x H100 SXM" ("none": `cpu` counts)
     versions  an object of names and versions, such as {"torch": "2.13.0"}
     date      year-month-day
     command   what was typed
@@ -27,7 +27,7 @@ from labpkg.plot.appearance import COLORS, axes_or_new, style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_KEYS = ("name", "gpu", "versions", "date", "command", "rows")
+_KEYS = ("name", "machine", "versions", "date", "command", "rows")
 
 
 def recorded(
@@ -74,8 +74,10 @@ def recorded(
         ax.set_xlabel(label)
         if key == "wall_ratio":
             ax.axvline(1, color="black", linestyle="--")
+        machine = record["machine"]
+        device = machine["cpu"] if machine["gpus"] == "none" else machine["gpus"]
         versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-        origin = f"{record['gpu']}, {versions}, {record['date']}\n{record['command']}"
+        origin = f"{device}, {versions}, {record['date']}\n{record['command']}"
         ax.set_title(origin, fontsize=8, loc="left")
     return ax
 
@@ -101,7 +103,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
 def _quantity(rows: list[dict[str, Any]], file: str) -> tuple[str, str]:
     """Return what all rows have to draw: its key and the label of its axis."""
     if all("config" in row and "variant" in row for row in rows):
-        if all("wall_ratio" in row for row in rows):
+        if all(row.get("wall_ratio") is not None for row in rows):
             return "wall_ratio", "time relative to the base row"
         units = {row.get("unit") for row in rows}
         if (

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import labpkg as lab
 from labpkg import bench
 from labpkg.bench import cross_entropy, data_parallel, train
 
@@ -30,10 +31,11 @@ def test_report_has_the_form_of_its_contract(monkeypatch, capsys, quick):
     monkeypatch.setattr(train, "rows", planted)
     report = bench.run("train", quick=quick)
     assert json.loads(json.dumps(report)) == report
-    assert set(report) == {"name", "machine", "rows"}
+    keys = {"name", "machine", "versions", "date", "command", "rows"}
+    assert set(report) == keys
     assert report["name"] == "train"
     assert report["rows"] == planted(quick=quick)
-    assert {"cpu", "cores", "gpus", "torch", "labpkg"} <= set(report["machine"])
+    assert {"cpu", "cores", "gpus"} <= set(report["machine"])
     assert capsys.readouterr().err == "a World announces itself\n"
 
 
@@ -80,3 +82,14 @@ def test_matrix_products_are_those_of_the_model():
     with FlopCounterMode(display=False) as counter:
         products()
     assert counter.get_total_flops() == 3 * 16 * config.shape.flops_per_token
+
+
+def test_a_report_is_a_record_that_can_be_drawn(monkeypatch, tmp_path):
+    from matplotlib import pyplot as plt
+
+    monkeypatch.setattr(train, "rows", planted)
+    report = bench.run("train")
+    (tmp_path / "recorded_train.json").write_text(json.dumps(report))
+    ax = lab.plot.recorded("train", folder=tmp_path)
+    assert report["command"] in ax.get_title(loc="left")
+    plt.close("all")

@@ -8,11 +8,11 @@ import labpkg as lab
 
 RECORD = {
     "name": "planted",
-    "gpu": "2 x Imagined",
+    "machine": {"gpus": "2 x Imagined", "cpu": "Abacus"},
     "versions": {"torch": "2.13.0", "labpkg": "0.1.0"},
     "date": "2026-01-02",
     "command": "labpkg bench planted --json",
-    "machine": "ignored",
+    "other": "ignored",
     "rows": [
         {"config": "small", "variant": "torch", "wall_ratio": 1.0, "cpu_ratio": 1.0},
         {"config": "small", "variant": "labpkg", "wall_ratio": 0.98, "cpu_ratio": 0.9},
@@ -108,7 +108,7 @@ def test_refuses_another_file(draw, text):
         draw(text)
 
 
-@pytest.mark.parametrize("key", ["gpu", "versions", "date", "command", "rows"])
+@pytest.mark.parametrize("key", ["machine", "versions", "date", "command", "rows"])
 def test_names_what_is_missing(draw, key):
     with pytest.raises(ValueError, match=rf"missing: \['{key}'\]"):
         draw({k: v for k, v in RECORD.items() if k != key})
