@@ -73,12 +73,12 @@ def run(name: str, quick: bool = False) -> Report:
 def _versions() -> dict[str, str]:
     import torch
 
-    import labpkg
+    from labpkg import __version__
 
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "labpkg": labpkg.__version__,
+        "labpkg": __version__,
     }
 
 

@@ -140,7 +140,14 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=std)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits of the token that follows each position."""
+        """Return the logits of the token that follows each position.
+
+        Args:
+            tokens: Token numbers, int64; T is at most the sequence length.
+
+        Shape:
+            tokens (B, T) -> (B, T, V)
+        """
         x = tokens
         for unit in self.pipeline_units():
             x = unit(x)
