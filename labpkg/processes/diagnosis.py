@@ -70,8 +70,11 @@ class Where:
 class RankError(RuntimeError):
     """A rank failed, or the run did not end in time.
 
-    Attributes:
+    `rank`, `traceback` and `others` are attributes too.
+
+    Args:
         rank: The rank that failed first; after a hang the one that is suspected.
+        summary: Its error in one line.
         traceback: Its traceback, or the stacks of all ranks after a hang.
         others: What each other rank was doing, by rank.
     """
