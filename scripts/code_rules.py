@@ -240,8 +240,12 @@ def size_violations(package: list[Module]) -> list[str]:
 
 
 def name_violations(package: list[Module]) -> list[str]:
-    """Find public names that are also names of modules or folders."""
-    modules = {part for module in package for part in module.name.split(".") if part}
+    """Find public names that are also names of modules or folders.
+
+    A module of bench/ is named after its command, and may be called like what it measures.
+    """
+    named = [module.name.split(".") for module in package if module.part != "bench"]
+    modules = {part for parts in named for part in parts if part}
     return [f"{name} is also a module" for name in exports(package) if name in modules]
 
 
