@@ -183,7 +183,7 @@ def test_ctrl_c_ends_all_in_one_line_and_only_the_loopback_was_used(tmp_path, la
     assert last.endswith("; the same command with --resume goes on)")
     assert "Traceback" not in error
     _wait_for(lambda: _group_is_empty(process))
-    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 @needs_tyro

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 _FORMAT = "labpkg-checkpoint"
 _VERSION = 1
 _WEIGHTS, _TRAINING, _MANIFEST = "model.safetensors", "training.pt", "manifest.json"
-_PARTIAL = ".partial"
+_PARTIAL = ".partial-"  # starts with a dot: no pattern for checkpoints finds it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +88,7 @@ def save_checkpoint(
         OSError: If it cannot be written; what is half-written is removed.
     """
     target = Path(folder) / f"step_{step:06d}"
-    partial = target.with_name(target.name + _PARTIAL)
+    partial = target.with_name(_PARTIAL + target.name)
     states = (
         [random_state()] if random_states is None else list(map(dict, random_states))
     )
@@ -217,8 +217,9 @@ def newest_checkpoint(
         The checkpoint or None, and one reason for each newer one that is not valid.
     """
     skipped = []
-    steps = [p for p in Path(folder).glob("step_*") if p.suffix != _PARTIAL]
-    for path in sorted(steps, key=lambda p: (len(p.name), p.name), reverse=True):
+    for path in sorted(
+        Path(folder).glob("step_*"), key=lambda p: (len(p.name), p.name), reverse=True
+    ):
         try:
             verify_checkpoint(path)
         except ValueError as error:
@@ -234,7 +235,7 @@ def remove_partial(folder: str | os.PathLike[str]) -> None:
     Args:
         folder: Where checkpoints are collected; it may be missing.
     """
-    for partial in Path(folder).glob(f"step_*{_PARTIAL}"):
+    for partial in Path(folder).glob(f"{_PARTIAL}*"):
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -196,9 +196,9 @@ def test_a_full_disk_leaves_the_older_checkpoints_and_nothing_half_written(
 
 def test_what_a_killed_save_left_behind_is_ignored_and_removed(tmp_path):
     _save(tmp_path, step=1)
-    partial = tmp_path / "step_000009.partial"
+    partial = tmp_path / ".partial-step_000009"
     partial.mkdir()
-    (partial / "model.safetensors").write_bytes(b"half")
+    (partial / "manifest.json").write_bytes(b"half")
     assert newest_checkpoint(tmp_path) == (tmp_path / "step_000001", [])
     _save(tmp_path, step=2)
     assert not partial.exists()
