@@ -321,7 +321,8 @@ class _Run:
         self, loss: float, rate: float, resumed_from: Path | None
     ) -> TrainResult:
         config, is_gpu = self.config, self.device.type == "cuda"
-        last = self.config.out / "checkpoints" / f"step_{config.steps:06d}"
+        model = self.model.module  # only one rank needs to write
+        sample = sample_text(model, seed=config.seed) if self.is_first else ""
         return TrainResult(
             model=config.model_name,
             num_parameters=sum(p.numel() for p in self.model.parameters()),
@@ -337,10 +338,8 @@ class _Run:
             unit=self.task.unit,
             units_per_s=rate,
             first_step_time=self.first_step_time,
-            sample=sample_text(self.model.module, seed=config.seed)
-            if self.is_first
-            else "",
-            checkpoint=str(last),
+            sample=sample,
+            checkpoint=str(config.out / "checkpoints" / f"step_{config.steps:06d}"),
         )
 
 
