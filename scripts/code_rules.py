@@ -242,7 +242,8 @@ def size_violations(package: list[Module]) -> list[str]:
 def name_violations(package: list[Module]) -> list[str]:
     """Find public names that are also names of modules or folders.
 
-    A module of bench/ is named after its command, and may be called like what it measures.
+    A module of bench/ is named after its command, so it may share the name of what it
+    measures.
     """
     named = [module.name.split(".") for module in package if module.part != "bench"]
     modules = {part for parts in named for part in parts if part}
