@@ -42,9 +42,11 @@ _EXPORTS = {
     "count_comms": "processes.traffic",
     "DataParallel": "parallelism.data_parallel",
     "average_gradients": "parallelism.data_parallel",
+    "average_gradients_bucketed": "parallelism.data_parallel",
     "mean_weight": "parallelism.data_parallel",
     "Trainer": "runs.trainer",
-    "TrainConfig": "runs.trainer",
+    "TrainConfig": "runs.config",
+    "TrainResult": "runs.trainer",
     "save_checkpoint": "runs.checkpoint",
     "load_checkpoint": "runs.checkpoint",
     "show": "display",
@@ -69,6 +71,9 @@ if TYPE_CHECKING:
     from labpkg.foundations.optimizers import AdamW as AdamW
     from labpkg.parallelism.data_parallel import DataParallel as DataParallel
     from labpkg.parallelism.data_parallel import average_gradients as average_gradients
+    from labpkg.parallelism.data_parallel import (
+        average_gradients_bucketed as average_gradients_bucketed,
+    )
     from labpkg.parallelism.data_parallel import mean_weight as mean_weight
     from labpkg.planning.cost import data_parallel_bytes as data_parallel_bytes
     from labpkg.planning.cost import wire_bytes as wire_bytes
@@ -89,8 +94,9 @@ if TYPE_CHECKING:
     from labpkg.processes.world import World as World
     from labpkg.runs.checkpoint import load_checkpoint as load_checkpoint
     from labpkg.runs.checkpoint import save_checkpoint as save_checkpoint
-    from labpkg.runs.trainer import TrainConfig as TrainConfig
+    from labpkg.runs.config import TrainConfig as TrainConfig
     from labpkg.runs.trainer import Trainer as Trainer
+    from labpkg.runs.trainer import TrainResult as TrainResult
 
 
 def __getattr__(name: str) -> Any:
