@@ -226,6 +226,25 @@ def test_several_synchronised_backwards_add_up(world2):
         assert deviation(grads, want) <= TOLERANCE
 
 
+def used_only_in_the_first_micro_batch():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = lab.DataParallel(build("branches"), mesh)
+    x = torch.full((1, 6), mesh.get_local_rank() + 1.0, dtype=torch.float64)
+    with model.no_sync():
+        model(x).sum().backward()  # x[0] > 0 takes the branch
+    model(-x).sum().backward()
+    return {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_gradient_from_an_earlier_micro_batch_is_averaged(world2):
+    model = build("branches")
+    for value in (1.0, -1.0, 2.0, -2.0):
+        model(torch.full((1, 6), value, dtype=torch.float64)).sum().backward()
+    grads = {k: p.grad / 2 for k, p in model.named_parameters() if p.grad is not None}
+    for found in world2.run(used_only_in_the_first_micro_batch):
+        assert deviation(found, grads) <= TOLERANCE
+
+
 def manual(average):
     mesh = lab.make_mesh(dp=4)["dp"]
     model = build("tied")
