@@ -48,11 +48,12 @@ def test_torchrun_ranks_close_their_group_quietly(tmp_path):
     """The engine is alive at exit: the order of destruction must not hang."""
     script = tmp_path / "train.py"
     script.write_text(
-        "import torch, labpkg as lab\n"
+        "import sys, torch, labpkg as lab\n"
         "mesh = lab.make_mesh(dp=2)\n"
         "model = lab.DataParallel(torch.nn.Linear(4, 2), mesh['dp'])\n"
         "model(torch.ones(1, 4)).sum().backward()\n"
-        "print('grad', model.module.weight.grad.sum().item())\n"
+        # one write: two ranks share the pipe
+        "sys.stdout.write(f'grad {model.module.weight.grad.sum().item()}\\n')\n"
     )
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
