@@ -121,7 +121,7 @@ class _Bucket:
         self.work: Work | None = None
 
     def take(self, i: int, scale: float = 1.0) -> None:
-        """Make the gradient of parameter i live in the bucket, multiplied by `scale`."""
+        """Make the gradient of parameter i live in the bucket, times `scale`."""
         gradient, view = self.parameters[i].grad, self.views[i]
         assert gradient is not None
         # Scaling on the way in costs nothing; a mean by gloo is one more pass.
