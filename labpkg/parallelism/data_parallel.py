@@ -13,7 +13,8 @@ PVLDB 13(12):3005-3018, arXiv:2006.15704.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -152,8 +153,29 @@ class _Bucket:
         self.work = None
         self.ready.clear()
         for i in self.unused:
-            if self.flags[i] > 0:
+            if self.flags[i] != 0:
                 self.parameters[i].grad = self.views[i]
+
+
+class _GradientHook:
+    """What a parameter calls when its gradient is complete.
+
+    The link to the engine is weak: Python's garbage collector cannot see through the
+    hooks of a tensor, so a strong link would keep model and buckets for ever.
+    """
+
+    def __init__(self, engine: DataParallel, bucket: int, place: int) -> None:
+        self.engine = weakref.ref(engine)
+        self.bucket, self.place = bucket, place
+
+    def __call__(self, _: Tensor) -> None:
+        engine = self.engine()
+        if engine is None:
+            raise RuntimeError(
+                "the DataParallel around this model is gone, so its gradients would "
+                "not be averaged; keep the wrapper and call it, or train a deepcopy"
+            )
+        engine._accumulated(engine._buckets[self.bucket], self.place)
 
 
 class DataParallel(nn.Module):
@@ -163,7 +185,11 @@ class DataParallel(nn.Module):
     and each bucket leaves as soon as its last gradient is ready, while backward goes on
     with earlier layers. At the end of `backward()` every gradient is the mean over the
     ranks; a parameter that no rank used has `grad is None`. Gradients are views of the
-    buckets; `zero_grad` of either kind works.
+    buckets; `zero_grad` of either kind works. Every rank must reach at least one
+    parameter in every backward pass (add `0 * p.sum()` to a loss that may reach none).
+
+    Keep the wrapper and call it: the bare module has no engine once the wrapper is
+    gone, and its backward then raises.
 
     Parameters and buffers are broadcast from rank 0 of the axis at construction. The
     keys of `state_dict` and `named_parameters` are those of the module itself. Buffers
@@ -176,8 +202,9 @@ class DataParallel(nn.Module):
             large ones pay fewer latencies.
 
     Raises:
-        ValueError: If no parameter needs a gradient, if `bucket_bytes` is below 1, if
-            the mesh has several axes, or if the ranks' models differ in shape.
+        ValueError: If no parameter needs a gradient, if a parameter is sparse or has an
+            engine already, if parameters lie on several devices, if `bucket_bytes` is
+            below 1, if the mesh has several axes, or if the ranks' models differ.
 
     Communication: `data_parallel_bytes(module)` are all-reduced per optimizer step: 2
     (n - 1) / n of them per rank. With `no_sync` accumulation too.
@@ -187,15 +214,11 @@ class DataParallel(nn.Module):
         self, module: nn.Module, mesh: DeviceMesh, *, bucket_bytes: int = _BUCKET_BYTES
     ) -> None:
         super().__init__()
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError(
-                "the model has no parameter that needs a gradient; data parallelism "
-                "has nothing to average: use the model as it is"
-            )
         if bucket_bytes < 1:
             raise ValueError(f"bucket_bytes={bucket_bytes} is below 1; choose a size")
+        parameters = _parameters_to_average(module)
         self.module, self._mesh = module, mesh
+        self._known = {id(p) for p in parameters}
         _check_replicas(module, mesh)
         _broadcast_state(module, mesh)
         self._buckets = [
@@ -205,34 +228,45 @@ class DataParallel(nn.Module):
         self._sync = True
         self._num_launched = 0
         self._in_backward = False
-        for bucket in self._buckets:
+        for number, bucket in enumerate(self._buckets):
             for i, parameter in enumerate(bucket.parameters):
-                parameter.register_post_accumulate_grad_hook(self._hook(bucket, i))
+                hook = _GradientHook(self, number, i)
+                parameter.register_post_accumulate_grad_hook(hook)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module.
 
         Raises:
             RuntimeError: If the last backward pass broke off between two buckets.
+            ValueError: If a parameter needs a gradient that did not at construction.
         """
         if self._in_backward:
             raise RuntimeError(
                 "the last backward pass did not end, so ranks may disagree about what "
                 "was reduced; restart from a checkpoint"
             )
+        for name, p in self.module.named_parameters():
+            if p.requires_grad and id(p) not in self._known:
+                raise ValueError(
+                    f"{name} was unfrozen, added or replaced after DataParallel was "
+                    "made, so its gradient would not be averaged; wrap the model last"
+                )
         return self.module(*args, **kwargs)
 
-    def _hook(self, bucket: _Bucket, i: int) -> Callable[[Tensor], None]:
-        def accumulated(_: Tensor) -> None:
-            if not self._sync:
-                bucket.take(i)
-                return
-            self._mark_ready(bucket, i)
-            bucket.take(i, bucket.share)
-            while self._next_is_ready():
-                self._launch_next()
+    def __deepcopy__(self, memo: dict) -> DataParallel:
+        raise TypeError(
+            "a copy of a DataParallel would average nothing; copy its .module and wrap "
+            "the copy"
+        )
 
-        return accumulated
+    def _accumulated(self, bucket: _Bucket, i: int) -> None:
+        if not self._sync:
+            bucket.take(i)
+            return
+        self._mark_ready(bucket, i)
+        bucket.take(i, bucket.share)
+        while self._next_is_ready():
+            self._launch_next()
 
     def _mark_ready(self, bucket: _Bucket, i: int) -> None:
         if i in bucket.ready:
@@ -281,7 +315,7 @@ class DataParallel(nn.Module):
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load the module's own state_dict."""
+        """Load the module's own state_dict; `assign=True` is found by `forward`."""
         return self.module.load_state_dict(*args, **kwargs)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator:
@@ -291,6 +325,44 @@ class DataParallel(nn.Module):
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator:
         """Yield the module's own names and buffers."""
         return self.module.named_buffers(*args, **kwargs)
+
+
+def _parameters_to_average(module: nn.Module) -> list[Tensor]:
+    """Return the parameters that need a gradient; refuse what cannot be averaged."""
+    named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError(
+            "the model has no parameter that needs a gradient; data parallelism has "
+            "nothing to average: use the model as it is"
+        )
+    devices = {str(p.device) for p in named.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the parameters lie on {', '.join(sorted(devices))}; a replica needs one "
+            "device: move the model there first"
+        )
+    for name, layer in module.named_modules():
+        if getattr(layer, "sparse", False):
+            raise ValueError(
+                f"{name} makes sparse gradients, which have no place in a bucket; "
+                "build it with sparse=False"
+            )
+    for name, parameter in named.items():
+        _release(name, parameter)
+    return list(named.values())
+
+
+def _release(name: str, parameter: Tensor) -> None:
+    """Remove the hooks of engines that are gone; refuse a living one."""
+    hooks = parameter._post_accumulate_grad_hooks or {}  # pyright: ignore
+    for key, hook in list(hooks.items()):
+        if isinstance(hook, _GradientHook):
+            if hook.engine() is not None:
+                raise ValueError(
+                    f"{name} belongs to another DataParallel already, and would be "
+                    "averaged twice; wrap a model once, or delete the other wrapper"
+                )
+            del hooks[key]
 
 
 def _check_replicas(module: nn.Module, mesh: DeviceMesh) -> None:

@@ -1,5 +1,8 @@
 """The laws of an engine for `DataParallel`: equal to one process, by talking."""
 
+import copy
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -400,3 +403,72 @@ def test_mixed_dtypes_get_buckets_of_their_own(world2):
     assert counted1
     for a, b in zip(grads0, grads1, strict=True):
         assert torch.equal(a, b)
+
+
+def refused_after_wrapping():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    layer = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False))
+    model = lab.DataParallel(layer, mesh)
+    x = torch.ones(1, 3)
+    with pytest.raises(ValueError, match=r"0\.weight belongs to another DataParallel"):
+        lab.DataParallel(layer, mesh)
+    with pytest.raises(TypeError, match=r"copy its \.module"):
+        copy.deepcopy(model)
+    layer[1].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1\.weight was unfrozen"):
+        model(x)
+    layer[1].requires_grad_(False)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    with pytest.raises(ValueError, match="replaced after"):
+        model(x)
+    with pytest.raises(ValueError, match="sparse=False"):
+        lab.DataParallel(nn.Embedding(4, 2, sparse=True), mesh)
+    two = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match="lie on cpu, meta"):
+        lab.DataParallel(two, mesh)
+    return True
+
+
+def test_what_would_not_be_averaged_is_refused(world2):
+    assert world2.run(refused_after_wrapping) == [True, True]
+
+
+def dropped_wrapper():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    layer = nn.Linear(3, 3)
+    engine = lab.DataParallel(layer, mesh)
+    alive = weakref.ref(engine)
+    engine(torch.ones(1, 3)).sum().backward()
+    del engine
+    gc.collect()
+    assert alive() is None  # nothing keeps the buckets
+    with pytest.raises(RuntimeError, match="keep the wrapper"):
+        layer(torch.ones(1, 3)).sum().backward()
+    engine = lab.DataParallel(layer, mesh)  # a new one takes over
+    engine.zero_grad()
+    engine(torch.full((1, 3), 1.0 + dist.get_rank())).sum().backward()
+    return layer.bias.grad, layer.weight.grad
+
+
+def test_a_dropped_wrapper_frees_its_buckets_and_never_trains_alone(world2):
+    for bias, weight in world2.run(dropped_wrapper):
+        assert torch.equal(bias, torch.ones(3))
+        assert torch.equal(weight, torch.full((3, 3), 1.5))
+
+
+def complex_and_unused():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = nn.Module()
+    model.used = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    model.unused = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    model.forward = lambda scale: (model.used * scale).abs().sum()
+    engine = lab.DataParallel(model, mesh)
+    engine(1.0 + dist.get_rank()).backward()
+    return model.used.grad, model.unused.grad
+
+
+def test_complex_parameters_are_averaged_too(world2):
+    for used, unused in world2.run(complex_and_unused):
+        assert torch.allclose(used, torch.full((2,), 1.5 + 0j))
+        assert unused is None
