@@ -24,6 +24,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 _TIMEOUT = timedelta(seconds=60)
 _DEVICES = ("cpu", "cuda")
 _BACKENDS = ("gloo", "nccl")
+# Ranks per machine, as torchrun, Open MPI, MPICH and Slurm call it.
+_LOCAL_SIZES = (
+    "LOCAL_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+    "SLURM_NTASKS_PER_NODE",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,11 +85,14 @@ def choose_placement(
     num_gpus = torch.cuda.device_count()
     if device == "cuda" and num_gpus == 0:
         raise ValueError("device='cuda', but torch sees no GPU; choose device='cpu'")
+    if backend == "nccl" and not dist.is_nccl_available():
+        raise ValueError("this torch is built without NCCL; choose backend='gloo'")
     if backend == "nccl" and (device == "cpu" or world_size > num_gpus):
         raise ValueError(
             f"NCCL needs one GPU per rank, but {world_size} ranks were asked for on "
             f"{num_gpus} GPUs; choose backend='gloo' or fewer ranks"
         )
+    asked = device is not None or backend is not None
     if device is None:
         fits = 0 < world_size <= num_gpus
         device = "cuda" if fits and backend != "gloo" else "cpu"
@@ -92,20 +102,19 @@ def choose_placement(
     return Placement(
         device=device,
         backend=backend,
-        reason=_reason(world_size, num_gpus, device, backend),
+        reason=_reason(world_size, num_gpus, device, asked),
     )
 
 
-def _reason(world_size: int, num_gpus: int, device: str, backend: str) -> str:
+def _reason(world_size: int, num_gpus: int, device: str, asked: bool) -> str:
+    gpus, are = (f"{num_gpus} GPUs", "are") if num_gpus > 1 else ("1 GPU", "is")
     if num_gpus == 0:
         return "torch sees no GPU"
-    if device == "cpu" and world_size > num_gpus:
-        return f"{num_gpus} GPUs are too few for one per rank"
     if device == "cpu":
-        return "the CPU was asked for"
-    if backend == "nccl":
-        return f"one of {num_gpus} GPUs per rank"
-    return f"{world_size} ranks share {num_gpus} GPUs"
+        return "as asked for" if asked else f"{gpus} {are} too few for one per rank"
+    if world_size <= num_gpus:
+        return f"one of {gpus} per rank"
+    return f"{world_size} ranks share {gpus}"
 
 
 def make_mesh(pp: int = 1, dp: int = 1, cp: int = 1, tp: int = 1) -> DeviceMesh:
@@ -113,7 +122,8 @@ def make_mesh(pp: int = 1, dp: int = 1, cp: int = 1, tp: int = 1) -> DeviceMesh:
 
     Starts the default process group when there is none: from RANK, WORLD_SIZE and
     MASTER_* when a launcher has set them, else as a single rank in memory. Only a group
-    that was started here is closed at exit. On a GPU the rank also selects its device.
+    that was started here is closed at exit. A rank that a launcher has put on a GPU
+    gets that GPU as torch's default device.
 
     Args:
         pp: Pipeline stages.
@@ -136,7 +146,7 @@ def make_mesh(pp: int = 1, dp: int = 1, cp: int = 1, tp: int = 1) -> DeviceMesh:
     world_size = (
         dist.get_world_size()
         if dist.is_initialized()
-        else int(os.environ.get("WORLD_SIZE", "1"))
+        else int(os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else 1)
     )
     product = pp * dp * cp * tp
     if product != world_size:
@@ -146,23 +156,78 @@ def make_mesh(pp: int = 1, dp: int = 1, cp: int = 1, tp: int = 1) -> DeviceMesh:
             f"choose factors whose product is {world_size}"
         )
     if not dist.is_initialized():
-        _start_group(world_size)
+        _start_for_mesh()
     device = "cuda" if dist.get_backend() == "nccl" else torch.get_default_device().type
     return init_device_mesh(device, (pp, dp, cp, tp), mesh_dim_names=tuple(sizes))
 
 
-def _start_group(world_size: int) -> None:
+def _start_for_mesh() -> None:
     if "RANK" in os.environ:
-        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        place = choose_placement(num_local)
+        place = start_group()
         if place.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(place.backend, timeout=_TIMEOUT)
-    else:
-        place = choose_placement(1)
+            torch.set_default_device(f"cuda:{torch.cuda.current_device()}")
+    else:  # alone: follow the device that tensors are made on
+        start_group(torch.get_default_device().type)
+    atexit.register(_close_group)
+
+
+def start_group(device: str | None = None) -> Placement:
+    """Start the default process group of this rank and select its GPU.
+
+    From RANK, WORLD_SIZE and MASTER_* when a launcher has set them, else as a single
+    rank in memory. All groups of the job, those of meshes too, give up after 60 s.
+
+    Args:
+        device: `"cpu"`, `"cuda"` or None to choose.
+
+    Returns:
+        The placement of the ranks of this machine.
+
+    Raises:
+        ValueError: If the device cannot be had, or if GPUs are there but the launcher
+            does not tell how many ranks share them.
+    """
+    alone = "RANK" not in os.environ
+    num_local = 1 if alone else _local_world_size(device)
+    place = choose_placement(num_local, device=device)
+    if place.device == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    elif num_local > 1:
+        torch.set_num_threads(1)  # ranks with more threads than cores slow each other
+    # Else the groups of a mesh get 30 minutes.
+    dist.distributed_c10d.default_pg_timeout = _TIMEOUT
+    dist.distributed_c10d.default_pg_nccl_timeout = _TIMEOUT
+    if alone:
         store = dist.HashStore()
         dist.init_process_group(place.backend, store=store, rank=0, world_size=1)
-    atexit.register(_close_group)
+    else:
+        dist.init_process_group(place.backend, timeout=_TIMEOUT)
+    if device is None and torch.cuda.is_available() and place.device == "cpu":
+        _say_once(f"labpkg: ranks on the CPU (gloo), because {place.reason}")
+    return place
+
+
+def _say_once(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(line, file=sys.stderr)
+
+
+def _local_world_size(device: str | None) -> int:
+    """Return how many ranks share the GPUs that this one sees."""
+    if os.environ.get("SLURM_GPUS_PER_TASK"):
+        return 1  # each rank sees its own
+    for name in _LOCAL_SIZES:
+        value = os.environ.get(name, "")
+        if value.isdecimal():
+            return int(value)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and device != "cpu" and torch.cuda.device_count():
+        raise ValueError(
+            f"{world_size} ranks in all, but no variable says how many of them are on "
+            "this machine; set LOCAL_WORLD_SIZE, or choose device='cpu'"
+        )
+    return world_size
 
 
 def _close_group() -> None:

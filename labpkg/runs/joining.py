@@ -22,15 +22,12 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from labpkg.processes.mesh import choose_placement
-
-_TIMEOUT = timedelta(seconds=60)
+from labpkg.processes.mesh import start_group
 
 
 @contextmanager
@@ -51,7 +48,7 @@ def joined(device: str | None = None) -> Iterator[torch.device]:
     """
     owns_group = not dist.is_initialized()
     if owns_group:
-        kind = _start_group(device)
+        kind = start_group(device).device
     else:
         kind = (
             "cuda" if dist.get_backend() == "nccl" else torch.get_default_device().type
@@ -102,25 +99,3 @@ def call_in_file(path: str, function: str, device: str | None = None) -> str:
 def _leave_group() -> None:
     gc.collect()
     dist.destroy_process_group()
-
-
-def _start_group(device: str | None) -> str:
-    alone = "RANK" not in os.environ
-    num_local = 1 if alone else _local_world_size()
-    place = choose_placement(num_local, device=device)
-    if place.device == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    elif num_local > 1:
-        torch.set_num_threads(1)  # ranks with more threads than cores slow each other
-    if alone:
-        store = dist.HashStore()
-        dist.init_process_group(place.backend, store=store, rank=0, world_size=1)
-    else:
-        dist.init_process_group(place.backend, timeout=_TIMEOUT)
-    return place.device
-
-
-def _local_world_size() -> int:
-    everywhere = os.environ.get("WORLD_SIZE", "1")
-    return int(os.environ.get("LOCAL_WORLD_SIZE", everywhere))

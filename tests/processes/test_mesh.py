@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 import labpkg as lab
+from labpkg.processes import mesh as mesh_module
 from labpkg.processes.mesh import choose_placement
 
 
@@ -74,8 +75,8 @@ def test_torchrun_ranks_close_their_group_quietly(tmp_path):
         (True, {}, "not an int"),
         (2, {"device": "tpu"}, "choose cpu or cuda"),
         (2, {"backend": "mpi"}, "choose gloo or nccl"),
-        (2, {"backend": "nccl", "device": "cpu"}, "one GPU per rank"),
-        (10_000, {"backend": "nccl"}, "choose backend='gloo' or fewer ranks"),
+        (2, {"backend": "nccl", "device": "cpu"}, "one GPU per rank|without NCCL"),
+        (10_000, {"backend": "nccl"}, "choose backend='gloo'"),
     ],
 )
 def test_impossible_placements_are_refused(world_size, kwargs, part):
@@ -101,10 +102,62 @@ def test_placement_with_gpus(monkeypatch):
     assert choose_placement(4).reason == "2 GPUs are too few for one per rank"
     shared = choose_placement(4, device="cuda")
     assert (shared.device, shared.backend) == ("cuda", "gloo")
+    assert shared.reason == "4 ranks share 2 GPUs"
     assert choose_placement(2, backend="gloo").device == "cpu"
+    assert choose_placement(4, device="cpu").reason == "as asked for"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_placement(2).reason == "1 GPU is too few for one per rank"
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.raises(ValueError, match="built without NCCL"):
+        choose_placement(1, backend="nccl")
 
 
 def test_windows_is_sent_to_wsl(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(RuntimeError, match="WSL"):
         choose_placement(2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "num_local"),
+    [
+        ({"LOCAL_WORLD_SIZE": "4"}, 4),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, 3),
+        ({"SLURM_NTASKS_PER_NODE": "8"}, 8),
+        ({"SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_PER_TASK": "1"}, 1),
+        ({}, None),
+    ],
+)
+def test_ranks_per_machine_come_from_the_launcher(monkeypatch, environment, num_local):
+    for name in ("SLURM_GPUS_PER_TASK", *mesh_module._LOCAL_SIZES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    if num_local is None:
+        assert mesh_module._local_world_size("cpu") == 16
+        with pytest.raises(ValueError, match="set LOCAL_WORLD_SIZE"):
+            mesh_module._local_world_size(None)
+    else:
+        assert mesh_module._local_world_size(None) == num_local
+
+
+def test_groups_of_a_mesh_give_up_after_a_minute(tmp_path):
+    script = tmp_path / "timeouts.py"
+    script.write_text(
+        "import sys, torch.distributed as dist, labpkg as lab\n"
+        "mesh = lab.make_mesh(dp=2, tp=2)\n"
+        "found = [g._get_backend(dist.torch.device('cpu')).options._timeout\n"
+        "         for g in (dist.group.WORLD, mesh['dp'].get_group())]\n"
+        "sys.stdout.write(' '.join(str(t.total_seconds()) for t in found) + '\\n')\n"
+    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    done = subprocess.run(
+        [sys.executable, *command, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["60.0 60.0"] * 4
