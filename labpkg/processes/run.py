@@ -92,13 +92,13 @@ class _Rank:
             self.is_alive = False
         return kind, fds
 
-    def death(self) -> Failure:
+    def death(self, *, is_checked: bool) -> Failure:
         status, time_s = DEATH.unpack(self.sock.recv(DEATH.size, socket.MSG_WAITALL))
         code = os.waitstatus_to_exitcode(status)
         summary = f"the process ended with exit code {code}"
         if code < 0:
             summary = f"killed by {signal.Signals(-code).name}"
-        if code == -signal.SIGABRT:
+        if code == -signal.SIGABRT and not is_checked:
             summary += "; collectives that do not match abort: check=True names them"
         output = self.tail.decode(errors="replace")
         return Failure(time_s=time_s, summary=summary, traceback=output)
@@ -107,8 +107,10 @@ class _Rank:
 class Run:
     """One run: its ranks and what they have reported so far."""
 
-    def __init__(self, world_size: int, show: int | str | None) -> None:
-        self._show = show
+    def __init__(
+        self, world_size: int, show: int | str | None, *, is_checked: bool
+    ) -> None:
+        self._show, self._is_checked = show, is_checked
         self._server = ForkServer.get()
         self._ranks = [_Rank(number) for number in range(world_size)]
         self._values: dict[int, Any] = {}
@@ -201,7 +203,7 @@ class Run:
             self._selector.unregister(rank.sock)
             self._values.pop(rank.number, None)  # it died while peers may need it
             failure = (
-                rank.death()
+                rank.death(is_checked=self._is_checked)
                 if kind
                 else Failure(
                     time_s=time.monotonic(), summary="lost: its fork server ended first"

@@ -51,7 +51,8 @@ class World:
         seed: Every run starts the generators of Python, NumPy and torch from it, alike
             on all ranks: repeating a run repeats its result.
         check: Compare the collectives of all ranks before each one runs. A mismatch is
-            then a readable error instead of an abort; every collective gets slower.
+            then a readable error instead of an abort; every collective gets slower, and
+            gloo's reduce_scatter rounds differently.
         max_result_bytes: A larger pickled result of a rank is an error.
 
     Raises:
@@ -86,7 +87,7 @@ class World:
         self.world_size, self.device = world_size, self.placement.device
         self.backend = self.placement.backend
         self._timeout_s = _valid_timeout(timeout_s)
-        self._seed, self._check = seed, check
+        self._seed, self._check = _valid_seed(seed), check
         if max_result_bytes < 1:
             raise ValueError(
                 f"max_result_bytes={max_result_bytes} is not positive; choose more"
@@ -143,7 +144,7 @@ class World:
         with socket.create_server(("127.0.0.1", 0), backlog=self.world_size) as store:
             job = self._job(port=store.getsockname()[1])
             with dump(job, (fn, args, kwargs)) as payload:
-                run = Run(self.world_size, show)
+                run = Run(self.world_size, show, is_checked=self._check)
                 try:
                     run.start(payload, store)
                     return run.collect(limit_s)
@@ -226,8 +227,14 @@ def _refuse_hidden_parameters(fn: Callable[..., Any]) -> None:
         if name in parameters:
             raise ValueError(
                 f"the function has a parameter {name!r}, which `run` takes for itself; "
-                f"rename it, or bind it with functools.partial"
+                f"rename it, or wrap it in a lambda"
             )
+
+
+def _valid_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed!r} is no int from 0 to 2**64 - 1; choose one")
+    return seed
 
 
 def _valid_timeout(timeout_s: Any) -> float:

@@ -132,7 +132,7 @@ def test_every_run_starts_from_the_seed():
     def draw():
         return random.random(), np.random.rand(), torch.rand(()).item()
 
-    with lab.World(2) as world, lab.World(2, seed=7) as other:
+    with lab.World(2) as world, lab.World(2, seed=2**64 - 1) as other:
         first = world.run(draw)
         assert first[0] == first[1]
         assert world.run(draw) == first
@@ -320,8 +320,10 @@ def test_arguments_that_cannot_be_pickled(world2):
 @pytest.mark.parametrize("name", ["timeout_s", "show"])
 def test_functions_that_want_our_arguments(world2, name):
     fn = eval(f"lambda {name}=1: {name}")
-    with pytest.raises(ValueError, match=f"'{name}'.*rename"):
-        world2.run(fn)
+    for refused in (fn, functools.partial(fn, **{name: 5})):
+        with pytest.raises(ValueError, match=f"'{name}'.*rename.*lambda$"):
+            world2.run(refused)
+    assert world2.run(lambda: fn(**{name: 5})) == [5, 5]
     bound = functools.partial(lambda x: x, 5)
     assert world2.run(bound) == [5, 5]
 
@@ -351,9 +353,15 @@ def test_impossible_timeout(world2, timeout_s):
         {"device": "cpu", "backend": "nccl"},
         {"world_size": 1000, "backend": "nccl"},
         {"max_result_bytes": 0},
+        {"seed": "a"},
+        {"seed": 1.0},
+        {"seed": True},
+        {"seed": -1},
+        {"seed": 2**64},
     ],
 )
-def test_impossible_worlds(request_):
+def test_impossible_worlds(request_, monkeypatch):
+    monkeypatch.setattr(ForkServer, "get", lambda: pytest.fail("a process starts"))
     with pytest.raises(ValueError):
         lab.World(**request_)
 
