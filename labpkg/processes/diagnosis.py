@@ -49,7 +49,7 @@ class Where:
 
     Attributes:
         stack: The Python stack of the function.
-        collective: The collective that it waits in, or "".
+        collective: The collective or message that it waits in, or "".
         num_issued: Collectives that it has issued so far; None if it did not answer.
         is_stopped: The process is stopped by a signal or a debugger.
     """
@@ -151,7 +151,8 @@ def _differ(where: dict[int, Where]) -> bool:
     # "all_reduce [4] (number 2 in default_pg)": one number of a group is one call.
     calls: dict[str, str] = {}
     for place in where.values():
-        call, _, number = place.collective.partition(" (")
+        pending = place.collective.rpartition("; pending: ")[2]
+        call, _, number = pending.partition(" (")
         if number and calls.setdefault(number, call) != call:
             return True
     return False

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -83,15 +82,6 @@ def _check_peer(name: str, rank: int, axis: Axis) -> None:
         raise ValueError(f"{name}={rank} is this rank itself; choose another one")
 
 
-def _control_device(axis: Axis) -> torch.device:
-    gpu = dist.get_backend(axis.group) == "nccl"
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if gpu
-        else torch.device("cpu")
-    )
-
-
 def barrier(mesh: DeviceMesh | None = None) -> None:
     """Return once every rank of the axis has called; it moves no data of yours.
 
@@ -101,7 +91,8 @@ def barrier(mesh: DeviceMesh | None = None) -> None:
     Communication: an all_reduce of one float.
     """
     axis = axis_of(mesh)
-    all_reduce(torch.zeros(1, device=_control_device(axis)), mesh).item()
+    device = transport.control_device(axis.group)
+    all_reduce(torch.zeros(1, device=device), mesh).item()
 
 
 def all_gather_object(obj: Any, mesh: DeviceMesh | None = None) -> list[Any]:
@@ -117,7 +108,7 @@ def all_gather_object(obj: Any, mesh: DeviceMesh | None = None) -> list[Any]:
     Communication: (n - 1) times the longest pickle per rank, and 8 bytes for lengths.
     """
     axis = axis_of(mesh)
-    device = _control_device(axis)
+    device = transport.control_device(axis.group)
     data = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8).to(device)
     lengths = all_gather(torch.tensor([len(data)], device=device), mesh).tolist()
     padded = data.new_zeros(max(lengths))

@@ -41,6 +41,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from labpkg.processes import traffic
 from labpkg.processes.diagnosis import Failure, Where
 
 _FOREVER = timedelta(days=365)  # the kernel keeps the time: its diagnosis comes first
@@ -49,6 +50,13 @@ _LOST_PEER = re.compile(
     r"|remote process exited|socket (error|timeout)",
     re.IGNORECASE,
 )
+_COMMUNICATING = (  # files whose outermost function says what a rank waits in
+    "torch/distributed/distributed_c10d.py",
+    "labpkg/processes/messages.py",
+    "labpkg/processes/collectives.py",
+    "labpkg/processes/transport.py",
+)
+_NAMELESS = ("wrapper", "backward", "<lambda>")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -313,14 +321,18 @@ def _where(thread: int) -> Where:
     own = [i for i, frame in enumerate(frames) if frame.filename == __file__]
     frames = frames[own[-1] + 1 :] if own else frames
     names = [
-        frame.name
+        frame.name.strip("_")
         for frame in frames
-        if frame.filename.endswith("distributed_c10d.py") and frame.name != "wrapper"
+        if frame.filename.endswith(_COMMUNICATING) and frame.name not in _NAMELESS
     ]
-    collective, num_issued = _flight_record()
+    name = names[0] if names else ""
+    if name == "wait":  # the handle of a transfer that an engine started before
+        name = "a transfer"
+    pending, num_recorded = _flight_record()
+    is_other = name and pending and pending.split()[0] != name
     return Where(
-        collective=collective or (names[0] if names else ""),
-        num_issued=num_issued,
+        collective=f"{name}; pending: {pending}" if is_other else pending or name,
+        num_issued=num_recorded + traffic.num_exchanges(),
         stack="".join(traceback.format_list(frames)),
     )
 
@@ -328,7 +340,7 @@ def _where(thread: int) -> Where:
 def _flight_record() -> tuple[str, int]:
     """Return the pending collective with its sizes, and how many were issued.
 
-    torch's flight recorder knows asynchronous collectives too, but not send and recv.
+    torch's flight recorder knows asynchronous collectives too, but no messages of gloo.
     """
     # A private format: where it differs, the Python stack says enough.
     with contextlib.suppress(AttributeError, ImportError, KeyError, ValueError):

@@ -4,8 +4,9 @@
 `lab.<collective>[<axis>]`, adds its bytes to every open `count_comms` block, or leaves
 it out inside an `off` block.
 
-The state below is process-wide on purpose, and the only one in the library: autograd
-runs backward in threads of its own, which see no context variables of the caller.
+The state below is process-wide on purpose: autograd runs backward in threads of its
+own, which see no context variables of the caller. Besides `ForkServer._current` it is
+the only one in the library.
 
 Chapter: processes/collectives.
 """
@@ -79,6 +80,15 @@ class CommLog:
 _lock = threading.Lock()
 _logs: list[CommLog] = []
 _off_depth = 0
+_num_exchanges = 0
+
+
+def num_exchanges() -> int:
+    """Return how many collectives this rank has started as plain messages.
+
+    torch's flight recorder counts the others; together they tell a rank that is behind.
+    """
+    return _num_exchanges
 
 
 @contextmanager
@@ -175,14 +185,16 @@ def start(
         move: Starts the transfer.
         local: Writes the answer from local data, if it is not already there.
     """
+    global _num_exchanges
     with record_function(f"lab.{op}[{axis.name}]"):
         if _off_depth:
             if local is not None:
                 local()
             return Done()
-        work, wire_bytes = move()
-    if _logs:
+        transfer = move()
+    if _logs or transfer.is_exchange:
         with _lock:
+            _num_exchanges += transfer.is_exchange
             for log in _logs:
-                log._add(axis.name, op, payload_bytes, wire_bytes)
-    return work
+                log._add(axis.name, op, payload_bytes, transfer.wire_bytes)
+    return transfer.work

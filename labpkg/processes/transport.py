@@ -3,7 +3,8 @@
 NCCL's own kernels are used as they are. gloo's reduce-scatter is an all-reduce in
 disguise, so CPU ranks exchange slices directly, which sends half the bytes and adds
 them in rank order: the result is bitwise that of a sequential sum. Point-to-point calls
-of gloo know no GPU tensors; they are staged through the CPU.
+of gloo know no GPU tensors; they are staged through the CPU. At the debug level DETAIL
+torch compares the collectives of all ranks, but not messages: gloo's own run then.
 
 Every function starts the transfer and returns a `Transfer`: a handle to wait on and the
 bytes that this rank sends under the algorithm that runs.
@@ -48,10 +49,17 @@ class Work(Protocol):
 
 
 class Transfer(NamedTuple):
-    """A started transfer and the bytes that this rank sends for it."""
+    """A started transfer.
+
+    Attributes:
+        work: The handle to wait on.
+        wire_bytes: What this rank sends for it.
+        is_exchange: A collective made of messages, which torch's records do not show.
+    """
 
     work: Work
     wire_bytes: float
+    is_exchange: bool = False
 
 
 class Done:
@@ -74,20 +82,35 @@ class _Then:
             self.steps.pop()()
 
 
-def _uses_gloo(group: ProcessGroup) -> bool:
-    return dist.get_backend(group) == "gloo"
+def uses_gloo(group: ProcessGroup, device: torch.device) -> bool:
+    """Whether gloo moves the tensors of a device: a group may have several backends."""
+    return group._get_backend(device).name() == "gloo"
 
 
-def _averages(group: ProcessGroup) -> bool:
+def control_device(group: ProcessGroup) -> torch.device:
+    """Return the device for control traffic: the CPU, if the group serves it."""
+    cpu = torch.device("cpu")
+    if cpu in group._device_types:
+        return cpu
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _averages(group: ProcessGroup, device: torch.device) -> bool:
     """Whether the backend itself divides: gloo does so correctly from torch 2.12 on."""
-    return not _uses_gloo(group) or torch.__version__ >= "2.12"
+    return not uses_gloo(group, device) or torch.__version__ >= "2.12"
+
+
+def _exchanges(group: ProcessGroup, x: Tensor) -> bool:
+    """Whether slices of `x` travel as messages instead of in a collective of torch."""
+    is_checked = dist.get_debug_level() == dist.DebugLevel.DETAIL
+    return not is_checked and not x.is_cuda and uses_gloo(group, x.device)
 
 
 def all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Transfer:
     """Reduce `x` in place on all ranks; a ring sends 2 (n - 1) / n of its bytes."""
     n = group.size()
     sent = wire_bytes("all_reduce", x.nbytes, n)
-    if op == "mean" and not _averages(group):
+    if op == "mean" and not _averages(group, x.device):
         work = dist.all_reduce(x, group=group, async_op=True)
         return Transfer(_Then([_work(work)], lambda: x.div_(n)), sent)
     work = dist.all_reduce(x, op=_REDUCE_OPS[op], group=group, async_op=True)
@@ -101,7 +124,8 @@ def reduce(x: Tensor, group: ProcessGroup, dst: int, op: str) -> Transfer:
     base = "sum" if op == "mean" else op
     work = dist.reduce(x, root, op=_REDUCE_OPS[base], group=group, async_op=True)
     # gloo: a ring reduce-scatter, then everybody's slice to the root; NCCL: a chain.
-    at_root = wire_bytes("reduce_scatter", x.nbytes, n) if _uses_gloo(group) else 0.0
+    is_gloo = uses_gloo(group, x.device)
+    at_root = wire_bytes("reduce_scatter", x.nbytes, n) if is_gloo else 0.0
     sent = at_root if group.rank() == dst else float(x.nbytes)
     finish = (lambda: x.div_(n)) if op == "mean" else (lambda: None)
     return Transfer(_Then([_work(work)], finish), sent)
@@ -112,7 +136,8 @@ def broadcast(x: Tensor, group: ProcessGroup, src: int) -> Transfer:
     root = dist.get_global_rank(group, src)
     work = dist.broadcast(x, root, group=group, async_op=True)
     n, place = group.size(), (group.rank() - src) % group.size()
-    if _uses_gloo(group):  # binomial tree: in round k, rank p < 2^k sends to p + 2^k
+    if uses_gloo(group, x.device):
+        # Binomial tree: in round k, rank p < 2^k sends to p + 2^k.
         rounds = range((n - 1).bit_length())
         copies = sum(place < 2**k and place + 2**k < n for k in rounds)
     else:  # a chain: every rank but the last passes it on
@@ -124,7 +149,7 @@ def all_gather(out: Tensor, x: Tensor, group: ProcessGroup) -> Transfer:
     """Write the `x` of all ranks into the flat `out`, in rank order."""
     n = group.size()
     sent = wire_bytes("all_gather", out.nbytes, n)
-    if not _uses_gloo(group) or x.is_cuda:
+    if not _exchanges(group, x):
         work = _all_gather(out, x, group=group, async_op=True)
         return Transfer(_work(work), sent)
     rank, parts = group.rank(), out.view(n, -1)
@@ -133,23 +158,30 @@ def all_gather(out: Tensor, x: Tensor, group: ProcessGroup) -> Transfer:
     works = _exchange(
         dict.fromkeys(peers, parts[rank]), {p: parts[p] for p in peers}, group
     )
-    return Transfer(_Then(works, lambda: None), sent)
+    return Transfer(_Then(works, lambda: None), sent, is_exchange=True)
 
 
 def reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup, op: str) -> Transfer:
     """Reduce flat `x` over the ranks and write this rank's slice into `out`.
 
-    gloo ranks on the CPU add the slices in rank order, whatever the arrival order.
+    gloo ranks on the CPU add the slices in rank order, whatever the arrival order,
+    unless torch checks collectives.
     """
     n, rank = group.size(), group.rank()
-    if not _uses_gloo(group):
+    if not uses_gloo(group, x.device):
         work = _reduce_scatter(out, x, op=_REDUCE_OPS[op], group=group, async_op=True)
         return Transfer(_work(work), wire_bytes("reduce_scatter", x.nbytes, n))
-    if x.is_cuda or op not in ("sum", "mean"):
+    if x.is_cuda:
         whole = x.clone()
         transfer = all_reduce(whole, group, op)
         finish = lambda: out.copy_(whole.view(n, -1)[rank].view_as(out))
         return Transfer(_Then([transfer.work], finish), transfer.wire_bytes)
+    if not _exchanges(group, x) or op not in ("sum", "mean"):
+        base = ReduceOp.SUM if op == "mean" else _REDUCE_OPS[op]
+        work = _reduce_scatter(out, x, op=base, group=group, async_op=True)
+        finish = (lambda: out.div_(n)) if op == "mean" else (lambda: None)
+        sent = wire_bytes("all_reduce", x.nbytes, n)  # which gloo runs
+        return Transfer(_Then([_work(work)], finish), sent)
     parts = list(x.view(n, -1).unbind())
     mine = {p: parts[p] for p in range(n) if p != rank}
     theirs = {p: torch.empty_like(parts[p]) for p in mine}
@@ -163,13 +195,13 @@ def reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup, op: str) -> Tran
         out.view(-1).copy_(total.div_(n) if op == "mean" else total)
 
     sent = wire_bytes("reduce_scatter", x.nbytes, n)
-    return Transfer(_Then(works, add_in_rank_order), sent)
+    return Transfer(_Then(works, add_in_rank_order), sent, is_exchange=True)
 
 
 def all_to_all(out: Tensor, x: Tensor, group: ProcessGroup) -> Transfer:
     """Send slice p of flat `x` to rank p; slice p of `out` is what rank p sent."""
     sent = wire_bytes("all_to_all", x.nbytes, group.size())
-    if x.is_cuda and _uses_gloo(group):
+    if x.is_cuda and uses_gloo(group, x.device):
         host_out, host_x = torch.empty_like(out, device="cpu"), x.cpu()
         work = dist.all_to_all_single(host_out, host_x, group=group, async_op=True)
         return Transfer(_Then([_work(work)], lambda: out.copy_(host_out)), sent)
@@ -179,7 +211,7 @@ def all_to_all(out: Tensor, x: Tensor, group: ProcessGroup) -> Transfer:
 
 def send(x: Tensor, group: ProcessGroup, dst: int, tag: int) -> Transfer:
     """Send `x` to rank `dst` of the group. gloo waits until the receive is posted."""
-    host = x.cpu() if _uses_gloo(group) else x
+    host = x.cpu() if uses_gloo(group, x.device) else x
     work = dist.isend(host, group=group, group_dst=dst, tag=tag)
     # The copy on the host must outlive the transfer: the closure holds it.
     return Transfer(_Then([_work(work)], lambda: host), float(x.nbytes))
@@ -187,7 +219,7 @@ def send(x: Tensor, group: ProcessGroup, dst: int, tag: int) -> Transfer:
 
 def recv(out: Tensor, group: ProcessGroup, src: int, tag: int) -> Transfer:
     """Receive into `out` from rank `src` of the group."""
-    staged = _uses_gloo(group) and out.is_cuda
+    staged = out.is_cuda and uses_gloo(group, out.device)
     host = torch.empty_like(out, device="cpu") if staged else out
     work = dist.irecv(host, group=group, group_src=src, tag=tag)
     finish = (lambda: out.copy_(host)) if staged else (lambda: None)

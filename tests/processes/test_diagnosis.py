@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import linecache
 
+import pytest
+
 from labpkg.processes.diagnosis import Failure, Where, diagnose, with_source
 
 
@@ -58,12 +60,20 @@ def test_a_hang_suspects_stopped_then_outside_then_fewest():
     assert "Stack of rank 0 (waited in barrier" in error.traceback
 
 
-def test_different_calls_with_one_number_do_not_match():
+@pytest.mark.parametrize(
+    ("calls", "differ"),
+    [
+        (["all_reduce [3]", "all_reduce [2]"], True),
+        (["barrier; pending: all_reduce [1]", "all_reduce [2]"], True),
+        (["barrier; pending: all_reduce [1]", "all_reduce [1]"], False),
+    ],
+)
+def test_different_calls_with_one_number_do_not_match(calls, differ):
     places = {
         rank: Where(stack="", collective=f"{call} (number 1 in x)", num_issued=1)
-        for rank, call in enumerate(["all_reduce [3]", "all_reduce [2]"])
+        for rank, call in enumerate(calls)
     }
-    assert "check=True" in str(blame(where=places))
+    assert ("check=True" in str(blame(where=places))) is differ
 
 
 def test_cells_are_shown_with_their_source(tmp_path):
