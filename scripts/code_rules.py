@@ -30,7 +30,7 @@ LAYERS = {
 """The layer of each folder or module directly under the package."""
 
 STATE_OWNERS = ("processes/traffic.py",)
-COMMUNICATORS = ("processes/collectives.py", "processes/transport.py")
+COMMUNICATORS = ("processes/transport.py",)
 SHARED_ENGINES = ("clipping",)
 MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 80

@@ -32,7 +32,7 @@ def run(*command: str) -> str:
 
 
 def test_the_first_commands_are_those_of_the_first_hour():
-    assert commands()[:2] == [["make", "lab"], ["make", "notebook"]]
+    assert commands()[:2] == [["make", "lab"], ["make", "test"]]
 
 
 def test_every_make_target_exists():
