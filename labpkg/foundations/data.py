@@ -198,8 +198,8 @@ def batches(
     B (r + 1) / n: sizes differ by at most one, and a piece is empty when B < n.
 
     Args:
-        data: a `TensorDataset`, `ByteWindows`, or any dataset with a length and
-            samples that torch can collate.
+        data: a `TensorDataset`, `ByteWindows`, or any dataset with a length whose
+            samples are tuples of tensors and numbers.
         global_batch_size: B, over all ranks.
         shard: the axis that divides the batch, e.g. mesh["dp"]; None is one process.
         steps: the step at which the run ends; None is the end of the first epoch, whose
@@ -214,6 +214,7 @@ def batches(
 
     Raises:
         ValueError: at the call, for empty data or a number out of range.
+        TypeError: instead of the first batch, for samples of another kind.
     """
     num_samples = len(data)  # pyright: ignore[reportArgumentType]
     if num_samples == 0:
@@ -276,7 +277,15 @@ def _fetch(data: Dataset[Any], samples: np.ndarray) -> tuple[Tensor, ...]:
     if isinstance(data, (TensorDataset, ByteWindows)):  # index all samples at once
         return tuple(data[torch.from_numpy(samples)])
     # An empty piece takes its columns, dtypes and shapes from sample 0.
-    columns = default_collate([data[i] for i in samples.tolist() or [0]])
+    chosen = [data[i] for i in samples.tolist() or [0]]
+    columns = default_collate(chosen)
+    is_row = isinstance(columns, (tuple, list))  # of a tensor it would iterate the rows
+    if not is_row or not all(isinstance(column, Tensor) for column in columns):
+        raise TypeError(
+            f"{type(data).__name__} has a {type(chosen[0]).__name__} for a sample, "
+            "but batches needs tuples of tensors and numbers; let __getitem__ return "
+            "(x, y), or (x,) for a single one"
+        )
     return tuple(column[: len(samples)] for column in columns)
 
 

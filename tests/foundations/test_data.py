@@ -143,6 +143,34 @@ def test_a_dataset_of_single_samples_works(rank):
         assert torch.equal(y, i**2)
 
 
+class Single(Squares):
+    """A dataset whose samples are what a function makes of a number."""
+
+    def __init__(self, sample) -> None:
+        super().__init__(7)
+        self.sample = sample
+
+    def __getitem__(self, index: int):
+        return self.sample(index)
+
+
+@pytest.mark.parametrize(
+    ("sample", "name"),
+    [
+        (lambda i: torch.full((4,), float(i)), "Tensor"),
+        (lambda i: {"x": torch.tensor(i), "y": i}, "dict"),
+        (lambda i: float(i), "float"),
+        (lambda i: (torch.tensor(i), "label"), "tuple"),
+        (lambda i: (i, {"y": i}), "tuple"),
+    ],
+)
+@pytest.mark.parametrize("shard", [None, Axis(0, 2)], ids=["whole", "empty"])
+def test_samples_that_are_no_tuples_of_tensors_are_refused(sample, name, shard):
+    stream = batches(Single(sample), global_batch_size=1, shard=shard, seed=0)
+    with pytest.raises(TypeError, match=rf"Single has a {name} .*return \(x, y\)"):
+        next(stream)
+
+
 def test_tensors_arrive_on_the_default_device():
     stream = batches(numbers(8), global_batch_size=2, seed=0)
     assert next(stream)[0].device.type == "cpu"
