@@ -64,13 +64,24 @@ class JobFailed(Exception):
     Args:
         message: One line: the rank, and its error or the signal that killed it.
         details: The rank's traceback; empty after a signal.
-        refusal: The text of the error alone if it was a ValueError or an OSError: such
-            an error is about a value or a file, and says what to do; else empty.
+        refusal: The text of the error alone if `is_refusal`; else empty.
     """
 
     def __init__(self, message: str, *, details: str, refusal: str) -> None:
         super().__init__(message)
         self.details, self.refusal = details, refusal
+
+
+def is_refusal(error: Exception) -> bool:
+    """Say whether an error is about a value or a file, and its text says what to do.
+
+    A lost peer is an OSError too, but nothing that a user could have done otherwise.
+
+    Args:
+        error: What a rank has raised.
+    """
+    is_lost_peer = isinstance(error, (ConnectionError, TimeoutError))
+    return isinstance(error, (ValueError, OSError)) and not is_lost_peer
 
 
 def launch(
@@ -79,7 +90,8 @@ def launch(
     """Run `function(*args)` on ranks of this machine and return what they return.
 
     A rank finds RANK, WORLD_SIZE and MASTER_* in its environment, as under torchrun.
-    When one dies, all are restarted; TORCHELASTIC_RESTART_COUNT tells them.
+    When one fails, for whatever reason, all are restarted: the engine does not tell a
+    refusal from a crash. TORCHELASTIC_RESTART_COUNT tells them.
 
     Args:
         function: Importable by name; runs on every rank.
@@ -272,14 +284,15 @@ def _rank(function: Callable[..., Any], args: tuple) -> Any:
 
 
 def _give_up(error: Exception) -> NoReturn:
-    if isinstance(error, (RuntimeError, ConnectionError)):  # see Note [lost peers]
+    refused = is_refusal(error)
+    if isinstance(error, (RuntimeError, OSError)) and not refused:
+        # See Note [lost peers].
         time.sleep(_LOST_PEER_WAIT_S)
     get_error_handler().record_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    is_refusal = isinstance(error, (ValueError, OSError))
     # Not sys.exit: leaving the group could wait for peers that are stuck.
-    os._exit(_REFUSED if is_refusal else _FAILED)
+    os._exit(_REFUSED if refused else _FAILED)
 
 
 def _end_with_launcher() -> None:

@@ -42,6 +42,9 @@ def dies():
             os.kill(os.getpid(), signal.SIGKILL)
         lab.all_reduce(torch.ones(1))
 
+def loses():
+    raise ConnectionResetError("Connection reset by peer")
+
 def leaves():
     sys.exit(7)
 
@@ -71,6 +74,7 @@ def main():
         "raises": failure(raises),
         "refuses": failure(refuses),
         "dies": failure(dies),
+        "loses": failure(loses),
         "leaves": failure(leaves),
         "dies_once": launch(dies_once, num_ranks=2, max_restarts=1),
     }
@@ -122,6 +126,13 @@ def test_a_refused_value_arrives_as_its_message(jobs):
     assert message.endswith(" of 2: ValueError: steps=0 is too small; choose 1")
     assert refusal == "steps=0 is too small; choose 1"
     assert details == ["ValueError: steps=0 is too small; choose 1"]
+
+
+def test_a_lost_connection_is_a_failure_and_no_refusal(jobs):
+    message, refusal, details = jobs["loses"]
+    assert message.endswith("ConnectionResetError: Connection reset by peer")
+    assert refusal == ""
+    assert details == ["ConnectionResetError: Connection reset by peer"]
 
 
 def test_a_killed_rank_is_named_with_its_signal(jobs):
