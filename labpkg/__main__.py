@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -36,7 +37,7 @@ class TrainOptions(TrainConfig):
     """Train a small model data-parallel on all GPUs, else on two CPU ranks.
 
     Args:
-        max_restarts: Restarts after a rank has died, each from the newest checkpoint.
+        max_restarts: Restarts after a rank has failed, each from the newest checkpoint.
         json: Print the result as JSON.
     """
 
@@ -149,23 +150,27 @@ def _launch_train(config: TrainConfig, max_restarts: int) -> TrainResult:
     from labpkg.runs.preload import start_fork_server
 
     start_fork_server()  # first: it imports torch while this process does the same
-    from labpkg.runs.checkpoint import newest_checkpoint, remove_partial
+    from labpkg.runs.checkpoint import clean_up, newest_checkpoint
+    from labpkg.runs.start import set_aside
     from labpkg.runs.trainer import check_config, train
 
     config = check_config(config)
+    for note in set_aside(config):  # see Note [once per job] there
+        print(note, file=sys.stderr)
     folder = config.out / "checkpoints"
     try:
-        return _launch(
-            "train", train, config, num_ranks=config.dp, max_restarts=max_restarts
-        )[0]
+        try:
+            return _launch(
+                "train", train, config, num_ranks=config.dp, max_restarts=max_restarts
+            )[0]
+        finally:
+            clean_up(folder)
     except KeyboardInterrupt:
         newest, _ = newest_checkpoint(folder)
         if newest is None:
             raise
         hint = f"(newest checkpoint {newest}; the same command with --resume goes on)"
         raise KeyboardInterrupt(hint) from None
-    finally:
-        remove_partial(folder)
 
 
 def _print_result(result: TrainResult, started: float, as_json: bool) -> None:
@@ -301,11 +306,18 @@ def _launch(command: str, function: Callable[..., Any], *args: Any, **how: Any) 
 def _as_rank(command: str, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
-    except (ValueError, OSError) as error:
-        _complain(command, error)
+    except Exception as error:
+        from labpkg.runs.launch import is_refusal
+
+        refused = command == "train" and is_refusal(error)
+        if refused:
+            _complain(command, error)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
         sys.stderr.flush()
         # Peers may be stuck in a collective: leaving the group would wait for them.
-        os._exit(_BAD_INPUT)
+        os._exit(_BAD_INPUT if refused else _FAILED)
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -162,6 +162,30 @@ def test_a_killed_rank_restarts_the_job_and_changes_nothing(tmp_path, world2, la
 
 
 @needs_tyro
+def test_a_restart_before_the_first_checkpoint_keeps_the_earlier_run(tmp_path, labpkg):
+    assert _finish(labpkg(*_digits(tmp_path, 3)))[0] == 0
+    earlier = _weights(tmp_path, 3)
+    process = labpkg(
+        *_digits(tmp_path, 10**6, "--checkpoint-every", 0, "--max-restarts", 1)
+    )
+    _wait_for((tmp_path / "previous" / "tensorboard").exists)
+    scalars = tmp_path / "tensorboard"  # each attempt writes a file when it starts
+    _wait_for(lambda: len(list(scalars.glob("*"))) == 1)
+    _ranks(process)[1].kill()
+    _wait_for(lambda: len(list(scalars.glob("*"))) == 2)
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, error = _finish(process)
+    assert code == 130, error
+    assert f"Moved the earlier run of {tmp_path} to {tmp_path}/previous." in error
+    kept = _weights(tmp_path / "previous", 3)
+    assert all(torch.equal(kept[name], earlier[name]) for name in earlier)
+    # Started by hand once more: what was interrupted has left nothing to keep.
+    assert _finish(labpkg(*_digits(tmp_path, 2)))[0] == 0
+    assert _weights(tmp_path / "previous", 3).keys() == earlier.keys()
+    assert os.listdir(tmp_path / "checkpoints") == ["step_000002"]
+
+
+@needs_tyro
 def test_ctrl_c_ends_all_in_one_line_and_only_the_loopback_was_used(tmp_path, labpkg):
     process = labpkg(*_digits(tmp_path, 10**6, "--checkpoint-every", 100))
     _wait_for_checkpoint(process, tmp_path)
@@ -279,6 +303,49 @@ def test_run_calls_a_function_of_a_file_on_every_rank(tmp_path, labpkg):
     assert last.endswith(" of 2: ValueError: my own mistake")
 
 
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("command", "error", "code", "answer"),
+    [
+        ("train", ValueError("choose 1"), 2, "labpkg train: choose 1\n"),
+        ("train", OSError("full disk"), 2, "labpkg train: full disk\n"),
+        ("train", ConnectionResetError("lost"), 1, "ConnectionResetError: lost\n"),
+        ("train", RuntimeError("broken"), 1, "RuntimeError: broken\n"),
+        ("run", ValueError("mine"), 1, "ValueError: mine\n"),
+        ("run", FileNotFoundError("mine"), 1, "FileNotFoundError: mine\n"),
+    ],
+)
+def test_a_rank_of_a_foreign_launcher_tells_refusals_from_failures(
+    monkeypatch, capsys, command, error, code, answer
+):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    command_line._as_rank(command, _raise, error)
+    assert codes == [code]
+    said = capsys.readouterr().err
+    assert said.endswith(answer)
+    assert ("in _raise" in said) == (code == 1)  # the traceback
+
+
+def test_under_torchrun_a_file_of_yours_fails_with_its_traceback(tmp_path):
+    (tmp_path / "job.py").write_text(_JOB)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ("run", "job.py:fails", "--device", "cpu")
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "labpkg", *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=_WAIT_S,
+    )
+    assert done.returncode == 1
+    assert 'job.py", line 10, in fails' in done.stderr
+    assert "ValueError: my own mistake" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -345,6 +412,25 @@ def test_bad_options(tmp_path, capsys, no_processes, options, message):
 
 
 @needs_tyro
+def test_an_earlier_run_is_moved_before_a_rank_could_die(
+    tmp_path, no_processes, monkeypatch
+):
+    earlier = TrainConfig(data="digits", out=tmp_path, steps=2, global_batch_size=4)
+    Trainer(earlier).run()
+    seen = []
+
+    def launch(*args, **how):
+        seen.extend(os.listdir(tmp_path))
+        raise SystemExit(1)
+
+    monkeypatch.setattr(command_line, "_launch", launch)
+    with pytest.raises(SystemExit):
+        command_line.main(["train", *map(str, _digits(tmp_path, 3)[1:])])
+    assert seen == ["previous"]
+    assert os.listdir(tmp_path / "previous" / "checkpoints") == ["step_000002"]
+
+
+@needs_tyro
 def test_a_port_in_use(tmp_path, capsys, no_processes, monkeypatch):
     from labpkg.runs import launch
 
@@ -372,7 +458,7 @@ def test_every_option_is_documented(capsys):
     ):
         assert option in text
     assert "Data-parallel ranks; None takes all GPUs" in text
-    assert "Restarts after a rank has died" in text
+    assert "Restarts after a rank has failed" in text
 
 
 def test_without_tyro_it_says_how_to_install_it(capsys, monkeypatch):

@@ -10,6 +10,11 @@ whatever breaks off leaves the older checkpoints as they are. Loading verifies b
 changes anything. The position in the data needs no file: a batch is a function of
 (seed, step).
 
+# Note [replacing]
+No rename takes the place of a folder that is not empty. So an older checkpoint of the
+same step moves to a hidden name first, under which `newest_checkpoint` finds it should
+the process end right then; `clean_up` then gives it its name back.
+
 Chapter: runs/checkpointing. Reference: Pillai et al. 2014, All file systems are not
 created equal, OSDI (why write, flush and rename in this order).
 """
@@ -22,6 +27,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +40,8 @@ from torch.optim import Optimizer
 _FORMAT = "labpkg-checkpoint"
 _VERSION = 1
 _WEIGHTS, _TRAINING, _MANIFEST = "model.safetensors", "training.pt", "manifest.json"
-_PARTIAL = ".partial-"  # starts with a dot: no pattern for checkpoints finds it
+# They start with a dot: no pattern for checkpoints finds them.
+_PARTIAL, _REPLACED = ".partial-", ".replaced-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,16 +51,18 @@ class Manifest:
     Attributes:
         step: Optimizer steps done.
         identity: What decides the weights of its run; see `TrainConfig.identity`.
+        files: Size and SHA-256 of each file by its name.
     """
 
     step: int
     identity: dict[str, Any]
+    files: dict[str, dict[str, Any]]
 
 
 def random_state() -> dict[str, Tensor]:
     """Return the state of torch's random generators of this rank."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # else asking would take memory of a GPU
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -101,23 +110,22 @@ def save_checkpoint(
         },
         training,
     )
-    weights = {name: t.detach().cpu() for name, t in _state(model).items()}
+    weights = {n: t.detach().cpu().contiguous() for n, t in _state(model).items()}
     files = {
         _WEIGHTS: safetensors.torch.save(weights),
         _TRAINING: training.getvalue(),
     }
     files[_MANIFEST] = _manifest(step, dict(identity or {}), files)
     try:
-        remove_partial(folder)
+        clean_up(folder)
         partial.mkdir(parents=True)
         for name, content in files.items():
             _write(partial / name, content)
         _flush_folder(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        _flush_folder(target.parent)
+        _put_in_place(partial, target)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            clean_up(folder)
         failure = OSError(
             f"cannot save {target}: {error.strerror}; the older checkpoints are "
             "intact: make room and resume"
@@ -154,12 +162,14 @@ def load_checkpoint(
             model; nothing is changed then.
     """
     path = Path(path)
-    manifest = verify_checkpoint(path)
-    weights = safetensors.torch.load((path / _WEIGHTS).read_bytes())
+    manifest = read_manifest(path)
+    files = {name: _read_file(path, name, manifest) for name in manifest.files}
+    weights = safetensors.torch.load(files[_WEIGHTS])
     own = _state(model)
     _check_same_tensors(path, weights, own)
     if optimizer is not None:
-        training = torch.load(path / _TRAINING, map_location="cpu", weights_only=True)
+        content = io.BytesIO(files[_TRAINING])
+        training = torch.load(content, map_location="cpu", weights_only=True)
         _check_same_optimizer(path, training["optimizer_class"], optimizer)
         optimizer.load_state_dict(training["optimizer"])
         if rank < len(training["random_states"]):
@@ -183,6 +193,24 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
         ValueError: If the checkpoint is missing, foreign, of another version, or
             damaged; one line says which file and why.
     """
+    manifest = read_manifest(path)
+    for name in manifest.files:
+        _read_file(Path(path), name, manifest)
+    return manifest
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read what a checkpoint says about itself, and verify that but not its files.
+
+    Args:
+        path: The folder of the checkpoint.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: If it is missing, foreign, of another version, or damaged.
+    """
     path = Path(path)
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
@@ -200,9 +228,7 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
         )
     if checksum != _sha256(_canonical(manifest)):
         raise _bad(path, f"{_MANIFEST} is damaged (its checksum differs)")
-    for name, expected in manifest["files"].items():
-        _verify_file(path, name, expected["bytes"], expected["sha256"])
-    return Manifest(step=manifest["step"], identity=manifest["identity"])
+    return Manifest(**{key: manifest[key] for key in ("step", "identity", "files")})
 
 
 def newest_checkpoint(
@@ -217,9 +243,7 @@ def newest_checkpoint(
         The checkpoint or None, and one reason for each newer one that is not valid.
     """
     skipped = []
-    for path in sorted(
-        Path(folder).glob("step_*"), key=lambda p: (len(p.name), p.name), reverse=True
-    ):
+    for path in list_checkpoints(folder):
         try:
             verify_checkpoint(path)
         except ValueError as error:
@@ -229,14 +253,47 @@ def newest_checkpoint(
     return None, skipped
 
 
-def remove_partial(folder: str | os.PathLike[str]) -> None:
-    """Remove what a save that was broken off has left behind.
+def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """List the checkpoints of a folder, valid or not, the newest first.
+
+    Args:
+        folder: Where checkpoints are collected; it may be missing.
+    """
+
+    def age(path: Path) -> tuple[int, str, bool]:
+        name = path.name.removeprefix(_REPLACED)
+        return len(name), name, name == path.name  # of one step, the hidden is older
+
+    found = [*Path(folder).glob("step_*"), *Path(folder).glob(f"{_REPLACED}*")]
+    return sorted(found, key=age, reverse=True)
+
+
+def clean_up(folder: str | os.PathLike[str]) -> None:
+    """Repair what a save that was broken off has left behind; see Note [replacing].
+
+    For the process that saves, or when there is none: what looks broken off may be a
+    save that still goes on.
 
     Args:
         folder: Where checkpoints are collected; it may be missing.
     """
     for partial in Path(folder).glob(f"{_PARTIAL}*"):
         shutil.rmtree(partial, ignore_errors=True)
+    for replaced in Path(folder).glob(f"{_REPLACED}*"):
+        target = replaced.with_name(replaced.name.removeprefix(_REPLACED))
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(target)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    replaced = target.with_name(_REPLACED + target.name)  # see Note [replacing]
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    _flush_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -276,7 +333,7 @@ def _check_same_optimizer(path: Path, saved: str, optimizer: Optimizer) -> None:
 
 def _set_random_state(state: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
 
 
@@ -295,15 +352,20 @@ def _manifest(step: int, identity: dict[str, Any], files: dict[str, bytes]) -> b
     return json.dumps(manifest, indent=2).encode()
 
 
-def _verify_file(path: Path, name: str, size: int, sha256: str) -> None:
+def _read_file(path: Path, name: str, manifest: Manifest) -> bytes:
+    """Return the content of a file of a checkpoint if it is what the manifest says."""
+    expected = manifest.files[name]
     try:
         content = (path / name).read_bytes()
     except OSError as error:
         raise _bad(path, f"{name} cannot be read ({error.strerror})") from None
-    if len(content) != size:
-        raise _bad(path, f"{name} has {len(content)} bytes instead of {size}")
-    if _sha256(content) != sha256:
+    if len(content) != expected["bytes"]:
+        raise _bad(
+            path, f"{name} has {len(content)} bytes instead of {expected['bytes']}"
+        )
+    if _sha256(content) != expected["sha256"]:
         raise _bad(path, f"{name} is damaged (its SHA-256 differs)")
+    return content
 
 
 def _bad(path: Path, why: str) -> ValueError:

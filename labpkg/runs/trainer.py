@@ -12,8 +12,6 @@ arXiv:1706.02677 (what must agree between one rank and many).
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 import time
 from contextlib import closing
@@ -33,14 +31,13 @@ from labpkg.processes.mesh import choose_placement, make_mesh
 from labpkg.processes.messages import all_gather_object
 from labpkg.runs.checkpoint import (
     load_checkpoint,
-    newest_checkpoint,
     random_state,
     save_checkpoint,
-    verify_checkpoint,
 )
-from labpkg.runs.config import TrainConfig, first_difference, learning_rate
+from labpkg.runs.config import TrainConfig, learning_rate
 from labpkg.runs.joining import joined
-from labpkg.runs.tasks import Task, build_model, load_task, sample_text
+from labpkg.runs.start import find_start, set_aside
+from labpkg.runs.tasks import build_model, load_task, sample_text
 from labpkg.runs.tracking import RunningMean, Tracker
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -109,8 +106,8 @@ class Trainer:
 
     It runs under `labpkg train`, torchrun, `World.run`, or alone as one rank, and sets
     torch's default device only for the time of the call. Rank 0 writes checkpoints and
-    TensorBoard files to `config.out`. A fresh run moves what an earlier one left there
-    to `out/previous`; a rank that torchrun has restarted resumes by itself.
+    TensorBoard files to `config.out`. A new run moves what an earlier one left there
+    to `out/previous`; a rank that was restarted resumes by itself.
 
     Args:
         config: What to train.
@@ -174,9 +171,7 @@ def check_config(config: TrainConfig) -> TrainConfig:
     config = config.resolved(dp=dp, device=place.device)
     task = load_task(config)
     _require_writable(config.out)
-    checkpoint, _ = _find_checkpoint(config)
-    if checkpoint is not None:
-        _require_same_run(checkpoint, config, task)
+    find_start(config, task.fingerprint)
     return config
 
 
@@ -299,7 +294,6 @@ class _Run:
             )
 
     def _load(self, checkpoint: Path) -> int:
-        _require_same_run(checkpoint, self.config, self.task)
         manifest = load_checkpoint(
             checkpoint,
             model=self.model,
@@ -312,9 +306,8 @@ class _Run:
         """Let rank 0 decide where to start from, and tell all; with what to say."""
         decision: tuple[Path | None, list[str]] = (None, [])
         if self.is_first:
-            decision = _find_checkpoint(self.config)
-            if decision[0] is None:
-                decision[1].extend(_set_aside(self.config.out))
+            decision = find_start(self.config, self.task.fingerprint)
+            decision[1].extend(set_aside(self.config))
         return all_gather_object(decision, self.mesh)[0]
 
     def _result(
@@ -341,51 +334,6 @@ class _Run:
             sample=sample,
             checkpoint=str(config.out / "checkpoints" / f"step_{config.steps:06d}"),
         )
-
-
-def _find_checkpoint(config: TrainConfig) -> tuple[Path | None, list[str]]:
-    """Return what to resume from, if anything, and what was passed over and why."""
-    folder = config.out / "checkpoints"
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        newest, skipped = newest_checkpoint(folder)
-        if newest is not None:
-            return newest, skipped
-    if config.resume is None:
-        return None, []
-    if config.resume != "newest":
-        verify_checkpoint(config.resume)
-        return Path(config.resume), []
-    newest, skipped = newest_checkpoint(folder)
-    if newest is None:
-        why = "; ".join(skipped) or "it has none"
-        raise ValueError(
-            f"{folder} has no checkpoint to resume from ({why}); start without resume"
-        )
-    return newest, [f"Skipped: {reason}" for reason in skipped]
-
-
-def _require_same_run(checkpoint: Path, config: TrainConfig, task: Task) -> None:
-    saved = verify_checkpoint(checkpoint).identity
-    difference = first_difference(saved, config.identity(task.fingerprint))
-    if difference is not None:
-        raise ValueError(
-            f"{checkpoint} belongs to another run: {difference}; resume with the same "
-            "options, or start a new run in another folder (out)"
-        )
-
-
-def _set_aside(out: Path) -> list[str]:
-    """Move an earlier run out of the way: its checkpoints must not mix with these."""
-    old = [out / name for name in ("checkpoints", "tensorboard")]
-    old = [path for path in old if path.exists()]
-    if not old:
-        return []
-    previous = out / "previous"
-    shutil.rmtree(previous, ignore_errors=True)
-    previous.mkdir()
-    for path in old:
-        path.rename(previous / path.name)
-    return [f"Moved the earlier run of {out} to {previous}."]
 
 
 def _require_writable(out: Path) -> None:

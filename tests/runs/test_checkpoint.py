@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -11,9 +13,17 @@ from torch import nn
 
 import labpkg as lab
 from labpkg.runs import checkpoint
-from labpkg.runs.checkpoint import newest_checkpoint, verify_checkpoint
+from labpkg.runs.checkpoint import (
+    clean_up,
+    newest_checkpoint,
+    random_state,
+    verify_checkpoint,
+)
 
 _GPT = lab.GPTConfig(num_layers=1, width=8, num_heads=2, sequence_length=4)
+# Where replacing a step can be broken off: at the first rename, at the second, at the
+# removal of what was replaced.
+_REPLACING = [(Path, "rename", 1), (Path, "rename", 2), (shutil, "rmtree", 1)]
 
 
 def _trained(seed=0, steps=2):
@@ -62,6 +72,36 @@ def test_weights_are_plain_safetensors_with_tied_parameters_once(tmp_path):
     fresh = lab.GPT(_GPT)
     safetensors.torch.load_model(fresh, path / "model.safetensors")
     assert _equal(model.parameters(), fresh.parameters())
+
+
+def test_a_transposed_parameter_is_saved(tmp_path):
+    model = nn.Linear(3, 4)
+    model.weight = nn.Parameter(torch.randn(3, 4).t())
+    optimizer = lab.SGD(model.parameters(), lr=0.1)
+    path = lab.save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer)
+    fresh = nn.Linear(3, 4)
+    lab.load_checkpoint(path, model=fresh)
+    assert _equal(model.parameters(), fresh.parameters())
+
+
+def test_a_gpu_that_the_run_does_not_use_is_left_alone(tmp_path, monkeypatch):
+    touched = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: touched.append("get"))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda _: touched.append("set"))
+    state = random_state()
+    assert list(state) == ["cpu"]
+    model, optimizer = _trained()
+    path = lab.save_checkpoint(
+        tmp_path,
+        step=1,
+        model=model,
+        optimizer=optimizer,
+        random_states=[{**state, "cuda": state["cpu"]}],  # saved by a run on a GPU
+    )
+    lab.load_checkpoint(path, model=model, optimizer=optimizer)
+    assert touched == []
 
 
 def test_loading_weights_alone_leaves_the_generator(tmp_path):
@@ -175,6 +215,57 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     lab.load_checkpoint(path, model=fresh)
     assert _equal(model.parameters(), fresh.parameters())
     assert os.listdir(tmp_path) == ["step_000007"]
+
+
+class _Killed(BaseException):
+    """Ends the process as a signal would: nothing catches it."""
+
+
+def _nth_call(n, function, error):
+    """Return `function`, but its n-th call raises."""
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == n:
+            raise error
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize(("owner", "name", "n"), _REPLACING)
+def test_a_kill_while_a_step_is_replaced_leaves_a_checkpoint_to_find(
+    tmp_path, monkeypatch, owner, name, n
+):
+    _save(tmp_path, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, _nth_call(n, getattr(owner, name), _Killed()))
+        with pytest.raises(_Killed):
+            _save(tmp_path, seed=2)
+    found, skipped = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert skipped == []
+    fresh = lab.GPT(_GPT)
+    assert lab.load_checkpoint(found, model=fresh).step == 7
+    clean_up(tmp_path)
+    assert os.listdir(tmp_path) == ["step_000007"]
+    again = lab.GPT(_GPT)
+    lab.load_checkpoint(tmp_path / "step_000007", model=again)
+    assert _equal(fresh.parameters(), again.parameters())
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_step_that_cannot_be_replaced_stays(tmp_path, monkeypatch, n):
+    path, model, _ = _save(tmp_path, seed=1)
+    refused = OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(Path, "rename", _nth_call(n, Path.rename, refused))
+    with pytest.raises(OSError, match="the older checkpoints are intact"):
+        _save(tmp_path, seed=2)
+    assert os.listdir(tmp_path) == ["step_000007"]
+    fresh = lab.GPT(_GPT)
+    lab.load_checkpoint(path, model=fresh)
+    assert _equal(model.parameters(), fresh.parameters())
 
 
 def _full_disk(path, content):

@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 import labpkg as lab
 from labpkg.processes import collectives
+from labpkg.runs import checkpoint
 from labpkg.runs.config import TrainConfig
+from labpkg.runs.start import set_aside
 from labpkg.runs.trainer import Trainer, check_config
 
 _RUN_S = 110  # a World's limit: the machine may be busy
@@ -117,6 +119,25 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_by_bit(tmp_path, world2):
     assert all(torch.equal(again[k], expected[k]) for k in expected)
 
 
+def _hashes_of_files(config):
+    """How often this rank hashes a file of a checkpoint, not only its manifest."""
+    sha256, sizes = checkpoint._sha256, []
+    checkpoint._sha256 = lambda content: sizes.append(len(content)) or sha256(content)
+    try:
+        Trainer(config).run()
+    finally:
+        checkpoint._sha256 = sha256
+    return sum(size > 5_000 for size in sizes)
+
+
+def test_a_resuming_rank_hashes_what_it_reads_and_nothing_else(tmp_path, world2):
+    config = _digits(tmp_path)
+    world2.run(_run, config, timeout_s=_RUN_S)
+    resumed = replace(config, resume="newest")
+    counts = world2.run(_hashes_of_files, resumed, timeout_s=_RUN_S)
+    assert counts == [2 + 2, 2]  # rank 0 chooses before all load the two files
+
+
 def test_a_run_may_resume_on_another_number_of_ranks(tmp_path, world2):
     config = _digits(tmp_path, checkpoint_every=5, precision="fp64")
     whole = world2.run(_run, config, timeout_s=_RUN_S)[0]
@@ -156,6 +177,18 @@ def test_a_fresh_run_moves_the_earlier_one_out_of_the_way(tmp_path, capfd):
     assert os.listdir(tmp_path / "checkpoints") == ["step_000003"]
     assert os.listdir(tmp_path / "previous" / "checkpoints") == ["step_000009"]
     assert "Moved the earlier run" in capfd.readouterr().err
+
+
+def test_a_restart_before_the_first_checkpoint_leaves_the_earlier_run(
+    tmp_path, monkeypatch
+):
+    _run(_digits(tmp_path, steps=9))
+    set_aside(_digits(tmp_path))  # the attempt that was killed got as far as this
+    (tmp_path / "tensorboard").mkdir()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert _run(_digits(tmp_path, steps=3)).resumed_from is None
+    assert os.listdir(tmp_path / "checkpoints") == ["step_000003"]
+    assert os.listdir(tmp_path / "previous" / "checkpoints") == ["step_000009"]
 
 
 def test_bf16_trains_close_to_fp32(tmp_path):
