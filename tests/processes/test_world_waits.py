@@ -1,4 +1,4 @@
-"""Which call of ours a rank waits in, who is blamed for it, and what `check` compares."""
+"""Which call of ours a rank waits in, who is blamed, and what `check` compares."""
 
 from __future__ import annotations
 
