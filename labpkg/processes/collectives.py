@@ -301,7 +301,7 @@ def reduce_scatter(
     """Reduce `x` over the ranks and return this rank's slice along `dim`.
 
     On gloo and the CPU the slices are added in rank order, so the result is bitwise
-    that of a sequential sum.
+    that of a sequential sum (not in a `World` with `check=True`).
 
     Args:
         x: A tensor of the same shape and dtype on every rank.
