@@ -4,8 +4,8 @@ When one rank of a job fails, the others fail too: they lose a connection, or wa
 ever. The first error by the clock is often a victim's. So every rank reports what
 happened to it (`Failure`) or where it is (`Where`), and `diagnose` names the earliest
 failure that is no lost connection. After a hang nobody has failed, and the blame is an
-inference: a stopped rank, else one outside collectives, else the one that has issued
-the fewest collectives, because the others wait for it.
+inference: a stopped rank, else one outside collectives (one that has returned, if all
+others wait), else the one that has issued the fewest, because the others wait for it.
 
 Chapter: processes/ranks, runs/debugging.
 """
@@ -107,6 +107,7 @@ def diagnose(
         where: The ranks that were still running.
         limit_s: The time limit of the run, in seconds.
     """
+    returned = list(returned)
     others = dict.fromkeys(returned, "had returned")
     others |= {rank: str(place) for rank, place in where.items()}
     for rank, failure in failures.items():
@@ -118,10 +119,10 @@ def diagnose(
         )
         summary, text = failures[guilty].summary, failures[guilty].traceback
     else:
-        guilty = _suspect(where)
+        guilty, reason = _suspect(where, sorted(returned))
         summary = (
             f"the run did not end within {limit_s:g} s; this rank is suspected (an "
-            f"inference) because it {_reason(where[guilty])}"
+            f"inference) because it {reason}"
         )
         if _differ(where):
             summary += "; ranks wait in calls that do not match: check=True names them"
@@ -133,12 +134,16 @@ def diagnose(
     return RankError(guilty, summary, with_source(text), others)
 
 
-def _suspect(where: dict[int, Where]) -> int:
+def _suspect(where: dict[int, Where], returned: list[int]) -> tuple[int, str]:
     def innocence(rank: int) -> tuple[bool, bool, int, int]:
         place = where[rank]
         return not place.is_stopped, bool(place.collective), place.num_issued or 0, rank
 
-    return min(where, key=innocence)
+    guilty = min(where, key=innocence)
+    all_wait = where[guilty].collective and not where[guilty].is_stopped
+    if all_wait and returned:
+        return returned[0], "had returned while others wait"
+    return guilty, _reason(where[guilty])
 
 
 def _reason(place: Where) -> str:

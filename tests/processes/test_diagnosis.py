@@ -51,6 +51,8 @@ def test_a_hang_suspects_stopped_then_outside_then_fewest():
     stopped = Where(stack="", is_stopped=True)
     assert blame(where={0: ahead, 1: outside, 2: behind, 3: stopped}).rank == 3
     assert blame(where={0: ahead, 1: outside, 2: behind}).rank == 1
+    assert blame(returned=[3], where={0: ahead, 1: outside}).rank == 1
+    assert blame(returned=[3], where={0: ahead, 2: behind}).rank == 3
     error = blame(where={0: ahead, 2: behind})
     assert error.rank == 2
     assert "within 5 s" in str(error)
