@@ -10,6 +10,7 @@ from labpkg import check
 from labpkg.check import setup_exercises
 from labpkg.check.result import Exercise
 from labpkg.processes.mesh import choose_placement
+from tests.check.laws import ExerciseLaws
 
 EXERCISES: dict[str, Any] = {
     name: checker
@@ -168,24 +169,8 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "answer", "hint"), WRONG)
-def test_wrong_answers_fail_with_their_hint(name, answer, hint):
-    result = EXERCISES[name](answer)
-    assert not result
-    assert hint in result.hint, result.message
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_each_exercise_has_three_wrong_answers_and_its_input(name):
-    hints = [hint for exercise, _, hint in WRONG if exercise == name]
-    assert len(hints) >= 3
-    assert "returns its argument" in hints
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-@pytest.mark.parametrize("rubbish", [None, 3, lambda *args: None, lambda: 1 / 0])
-def test_nothing_raises(name, rubbish):
-    assert not EXERCISES[name](rubbish)
+class TestLaws(ExerciseLaws):
+    exercises, wrong = EXERCISES, WRONG
 
 
 @pytest.mark.parametrize(
