@@ -265,6 +265,6 @@ def test_missing_documentation_is_found(source):
 
 def test_a_machine_path_is_found(tmp_path):
     path = tmp_path / "a.md"
-    path.write_text("fine\n/" + "home/alice/x\nhttps://a.org/work/b\n/home/you/x\n")
+    path.write_text("fine\n/" + "home/alice/x\nhttps://a.org/root/b\n/home/you/x\n")
     (violation,) = code_rules.text_violations(tmp_path, [path])
     assert violation.startswith("a.md:2:")
