@@ -345,7 +345,7 @@ _WEIGHTED_MEAN = Exercise(
     arguments=("means", "counts"),
     reference=_over_all_tokens,
     cases=[
-        (_tensor(2.0, 5.0), _labels(3, 1)),
+        (_tensor(2.0, 5.0, 8.0), _labels(3, 1, 0)),  # tells all the mistakes apart
         (_tensor(1.0, 2.0, 3.0, 4.0), _labels(1, 0, 5, 2)),
         (_tensor(2.0, 4.0), _labels(4, 4)),
         (_tensor(3.25), _labels(7)),

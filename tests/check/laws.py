@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+
+from labpkg.check.result import Exercise
 
 
 class ExerciseLaws:
@@ -28,3 +32,15 @@ class ExerciseLaws:
     def test_nothing_raises(self, rubbish):
         for check in self.exercises.values():
             assert not check(rubbish)
+
+    def test_each_known_mistake_is_one_and_is_named(self, subtests):
+        modules = {sys.modules[check.__module__] for check in self.exercises.values()}
+        for module in modules:
+            known = [it for it in vars(module).values() if isinstance(it, Exercise)]
+            assert len(known) == len(self.exercises)
+            for exercise in known:
+                for hint, answer in exercise.mistakes.items():
+                    with subtests.test(exercise.name, hint=hint):
+                        result = exercise.check(answer)
+                        assert not result
+                        assert result.hint == hint

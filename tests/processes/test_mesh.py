@@ -45,6 +45,19 @@ def test_one_process_needs_no_launcher(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 1\n", "")
 
 
+def torchrun(num_ranks, script):
+    """Run a script under torchrun, which must succeed; return what it printed."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = subprocess.run(
+        [sys.executable, *command, str(num_ranks), str(script)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_torchrun_ranks_close_their_group_quietly(tmp_path):
     """The engine is alive at exit: the order of destruction must not hang."""
     script = tmp_path / "train.py"
@@ -56,15 +69,8 @@ def test_torchrun_ranks_close_their_group_quietly(tmp_path):
         # one write: two ranks share the pipe
         "sys.stdout.write(f'grad {model.module.weight.grad.sum().item()}\\n')\n"
     )
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *command, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=90,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("grad 8.0") == 2
+    output = torchrun(2, script)
+    assert output.count("grad 8.0") == 2
 
 
 @pytest.mark.parametrize(
@@ -152,12 +158,5 @@ def test_groups_of_a_mesh_give_up_after_a_minute(tmp_path):
         "         for g in (dist.group.WORLD, mesh['dp'].get_group())]\n"
         "sys.stdout.write(' '.join(str(t.total_seconds()) for t in found) + '\\n')\n"
     )
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    done = subprocess.run(
-        [sys.executable, *command, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["60.0 60.0"] * 4
+    output = torchrun(4, script)
+    assert output.splitlines() == ["60.0 60.0"] * 4
