@@ -12,7 +12,8 @@ Chapters: all of them; first used in parallelism/data_parallel.
 
 from labpkg.plot.appearance import COLORS, style
 from labpkg.plot.curves import loss
+from labpkg.plot.players import player
 from labpkg.plot.records import recorded
 from labpkg.plot.timelines import timeline
 
-__all__ = ["COLORS", "loss", "recorded", "style", "timeline"]
+__all__ = ["COLORS", "loss", "player", "recorded", "style", "timeline"]

@@ -51,6 +51,31 @@ def test_a_page_is_legible_and_quiet(chromium, address, page):
     assert [text for view in views for text in problems(view)] == []
 
 
+_STEP_PLAYERS = """() => [...document.querySelectorAll('.lab-player')].map(player => {
+  const image = player.querySelector('img'), slider = player.querySelector('input');
+  const seen = () => image.src + player.querySelector('output').textContent;
+  const first = seen();
+  slider.value = slider.max;
+  slider.dispatchEvent(new Event('input'));
+  const last = seen();
+  player.querySelector('button').click();  // at the end: starts again
+  return first !== last && seen() === first && slider.value === '0';
+})"""
+
+
+def test_every_player_steps_through_its_frames(chromium, address, book):
+    pages = [
+        page for page in PAGES if "lab-player" in (book / f"{page}.html").read_text()
+    ]
+    assert pages
+    for page in pages:
+        with chromium.new_context() as context:
+            tab = context.new_page()
+            tab.goto(f"{address}/{page}.html", wait_until="load")
+            reacts = tab.evaluate(_STEP_PLAYERS)
+            assert reacts and all(reacts), page
+
+
 PLANTED = """<!doctype html><html data-theme="light"><body><article>
 <script>
   const dark = matchMedia('(prefers-color-scheme: dark)');
