@@ -73,7 +73,8 @@ def test_every_player_steps_through_its_frames(chromium, address, book):
             tab = context.new_page()
             tab.goto(f"{address}/{page}.html", wait_until="load")
             reacts = tab.evaluate(_STEP_PLAYERS)
-            assert reacts and all(reacts), page
+            assert reacts, page
+            assert all(reacts), page
 
 
 PLANTED = """<!doctype html><html data-theme="light"><body><article>
