@@ -19,6 +19,10 @@ _EXPORTS = {
     "cross_entropy": "foundations.losses",
     "SGD": "foundations.optimizers",
     "AdamW": "foundations.optimizers",
+    "constant": "foundations.learning_rates",
+    "inverse_sqrt": "foundations.learning_rates",
+    "warmup_cosine": "foundations.learning_rates",
+    "warmup_linear": "foundations.learning_rates",
     "MLP": "foundations.models",
     "GPT": "foundations.models",
     "GPTConfig": "foundations.models",
@@ -63,6 +67,10 @@ if TYPE_CHECKING:
     from labpkg.foundations.data import digits as digits
     from labpkg.foundations.data import file_text as file_text
     from labpkg.foundations.data import stdlib_text as stdlib_text
+    from labpkg.foundations.learning_rates import constant as constant
+    from labpkg.foundations.learning_rates import inverse_sqrt as inverse_sqrt
+    from labpkg.foundations.learning_rates import warmup_cosine as warmup_cosine
+    from labpkg.foundations.learning_rates import warmup_linear as warmup_linear
     from labpkg.foundations.losses import cross_entropy as cross_entropy
     from labpkg.foundations.models import GPT as GPT
     from labpkg.foundations.models import MLP as MLP

@@ -21,8 +21,6 @@ from typing import Any
 _DEVICES = ("cpu", "cuda")
 _PRECISIONS = ("fp32", "bf16", "fp64")
 _DATA = ("digits", "stdlib")
-_WARMUP = 0.05  # part of the steps in which the learning rate rises
-_FLOOR = 0.1  # where it ends, as a part of the peak
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,26 +193,6 @@ def first_difference(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | 
         if saved.get(name) != own.get(name):
             return f"{name} is {saved.get(name)!r} there and {own.get(name)!r} here"
     return None
-
-
-def learning_rate(step: int, *, peak: float, steps: int) -> float:
-    """Return the learning rate of a step: a linear rise, then half a cosine down.
-
-    A pure function of the step, so a run that resumes needs no scheduler state.
-
-    Args:
-        step: From 1 to `steps`.
-        peak: The highest rate, reached after a twentieth of the steps.
-        steps: Steps of the whole run; the last one has a tenth of the peak.
-
-    Reference:
-        Loshchilov and Hutter 2017, SGDR, arXiv:1608.03983.
-    """
-    warmup = max(1, round(_WARMUP * steps))
-    if step <= warmup:
-        return peak * step / warmup
-    progress = (step - warmup) / (steps - warmup)  # in (0, 1]
-    return peak * (_FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def _require_known(name: str, value: str | None, known: Any) -> None:

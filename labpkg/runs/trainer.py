@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from labpkg.foundations.data import batches
+from labpkg.foundations.learning_rates import warmup_cosine
 from labpkg.foundations.losses import cross_entropy
 from labpkg.foundations.optimizers import AdamW
 from labpkg.parallelism.data_parallel import DataParallel
@@ -34,7 +35,7 @@ from labpkg.runs.checkpoint import (
     random_state,
     save_checkpoint,
 )
-from labpkg.runs.config import TrainConfig, learning_rate
+from labpkg.runs.config import TrainConfig
 from labpkg.runs.joining import joined
 from labpkg.runs.start import find_start, set_aside
 from labpkg.runs.tasks import build_model, load_task, sample_text
@@ -226,7 +227,7 @@ class _Run:
             start_step=first_step,
         )
         for step, (x, y) in enumerate(data, first_step + 1):
-            lr = learning_rate(step, peak=config.lr or 0.0, steps=config.steps)
+            lr = warmup_cosine(step, peak=config.lr or 0.0, steps=config.steps)
             self._step(x, y, lr)
             if step == first_step + 1 or step % report_every == 0:
                 loss, count = self.mean_loss.read()

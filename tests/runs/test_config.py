@@ -1,13 +1,12 @@
-"""Configurations are checked in one line; the schedule is a pure function."""
+"""Configurations are checked in one line."""
 
-import itertools
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
-from labpkg.runs.config import MODELS, TrainConfig, first_difference, learning_rate
+from labpkg.runs.config import MODELS, TrainConfig, first_difference
 
 
 @pytest.mark.parametrize(
@@ -56,15 +55,6 @@ def test_the_number_of_ranks_does_not_change_the_identity_but_the_seed_does(tmp_
     assert first_difference({**own, "extra": 1}, own) == (
         "extra is 1 there and None here"
     )
-
-
-def test_learning_rate_rises_linearly_and_falls_to_a_tenth():
-    rates = [learning_rate(step, peak=2.0, steps=100) for step in range(1, 101)]
-    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
-    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
-    assert rates[-1] == pytest.approx(0.2)
-    assert rates[52] == pytest.approx(1.1, abs=0.02)  # half of the way down
-    assert learning_rate(1, peak=2.0, steps=1) == 2.0
 
 
 def test_configurations_need_no_torch():
