@@ -3,6 +3,8 @@
 For logits z and class y the loss is -log softmax(z)[y] = log sum_j exp(z_j) - z_y and
 its gradient is softmax(z) - onehot(y): the whole backward pass is one subtraction.
 Contract: stable for every finite logit, one pass over the logits in each direction.
+What is no logit is found on the CPU, at the price of a look at the losses and at one
+row of logits: NaN raises, probabilities warn.
 Notation: V classes, always the last dim; leading dims are free.
 
 Chapter: foundations/cross_entropy.
@@ -12,6 +14,7 @@ et al. 2016, arXiv:1512.00567 (label smoothing).
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -38,8 +41,17 @@ def cross_entropy(
     instead of nan, so that a rank with an empty shard can take part; and the loss of
     half-precision logits is float32.
 
+    Logits are scores before softmax. Probabilities in their place give a loss that
+    falls, but never below -log(e / (e + V - 1)): a `UserWarning` tells each line of
+    code that passes them. Log-probabilities are fine, for softmax(log p) = p.
+
+    A GPU would have to wait until an answer about values comes back. Therefore classes,
+    NaN and probabilities are looked for on the CPU only; on a GPU a NaN logit gives a
+    NaN loss and probabilities go unnoticed.
+
     Args:
-        logits: scores before softmax, any floating dtype.
+        logits: scores before softmax, any floating dtype; -inf for a class that is
+            impossible.
         targets: class numbers, int64.
         ignore_index: targets with this value count nowhere.
         label_smoothing: e in [0, 1], the part of the target spread over all classes.
@@ -52,29 +64,33 @@ def cross_entropy(
         logits (..., V), targets (...) -> () or (...)
 
     Raises:
-        ValueError: for a wrong shape or dtype, a class out of range (checked on the
-            CPU only: a GPU would have to wait for the answer), or a wrong option.
+        ValueError: for a wrong shape or dtype, a class out of range, logits that give
+            NaN (at ignored positions too: their gradient would be NaN), or a wrong
+            option.
     """
     _check_options(label_smoothing, reduction)
     _check_tensors(logits, targets, ignore_index)
-    counted = targets != ignore_index
-    classes = targets.masked_fill(~counted, 0)
-    losses = _CrossEntropy.apply(logits, classes, counted, label_smoothing)
+    ignored = targets == ignore_index
+    classes = targets.masked_fill(ignored, 0)
+    losses = _CrossEntropy.apply(logits, classes, label_smoothing)
+    if losses.device.type == "cpu":
+        _check_losses(losses, logits)
+        if _are_probabilities(logits):
+            warnings.warn(_PROBABILITIES, stacklevel=2)
+    losses = losses.masked_fill(ignored, 0.0)
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    return losses.sum() / counted.sum().clamp(min=1)
+    return losses.sum() / (~ignored).sum().clamp(min=1)
 
 
 class _CrossEntropy(torch.autograd.Function):
     """One loss per position; backward is softmax minus target."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, classes: Tensor, counted: Tensor, smoothing: float
-    ) -> Tensor:
-        ctx.save_for_backward(logits, classes, counted)
+    def forward(ctx: Any, logits: Tensor, classes: Tensor, smoothing: float) -> Tensor:
+        ctx.save_for_backward(logits, classes)
         ctx.smoothing = smoothing
         scores = logits.to(_accumulation_dtype(logits))  # (..., V)
         peak = scores.amax(-1, keepdim=True)  # exp of what is left cannot overflow
@@ -82,12 +98,11 @@ class _CrossEntropy(torch.autograd.Function):
         target = shifted.gather(-1, classes.unsqueeze(-1)).squeeze(-1)  # (...)
         if smoothing:
             target = (1 - smoothing) * target + smoothing * shifted.mean(-1)
-        losses = shifted.exp_().sum(-1).log_() - target
-        return losses.masked_fill_(~counted, 0.0)
+        return shifted.exp_().sum(-1).log_() - target
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, classes, counted = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        logits, classes = ctx.saved_tensors
         (grad_losses,) = grad_outputs
         gradient = torch.softmax(logits, -1, dtype=_accumulation_dtype(logits))
         if torch.is_grad_enabled():  # a second derivative needs softmax unchanged
@@ -97,8 +112,8 @@ class _CrossEntropy(torch.autograd.Function):
         gradient.scatter_add_(-1, index, minus_target.expand(index.shape))
         if ctx.smoothing:
             gradient -= ctx.smoothing / logits.shape[-1]
-        weight = grad_losses.masked_fill(~counted, 0.0).unsqueeze(-1)
-        return gradient.mul_(weight).to(logits.dtype), None, None, None
+        gradient.mul_(grad_losses.unsqueeze(-1))
+        return gradient.to(logits.dtype), None, None
 
 
 def _accumulation_dtype(logits: Tensor) -> torch.dtype:
@@ -142,3 +157,49 @@ def _check_tensors(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
                 f"{logits.shape[-1]}; use 0 to {logits.shape[-1] - 1}, or "
                 f"ignore_index={ignore_index} for positions that do not count"
             )
+
+
+def _check_losses(losses: Tensor, logits: Tensor) -> None:
+    """Raise for the first NaN loss: (...) numbers tell what is wrong in (..., V)."""
+    undefined = losses.isnan()
+    if not undefined.any():
+        return
+    position = tuple(undefined.nonzero()[0].tolist())
+    row = logits.detach()[position]  # (V,)
+    no_number = row.isnan() | (row == torch.inf)
+    if no_number.any():
+        first = int(no_number.nonzero()[0])
+        what = f"class {first} is {row[first].item()}"
+    elif row.amax() == -torch.inf:
+        what = "every class is -inf"
+    else:
+        what = f"class {int(row.argmin())} is -inf and is smoothed into the target"
+    place = f"logits[{', '.join(map(str, position))}]" if position else "logits"
+    raise ValueError(
+        f"{place} give a NaN loss: {what}; look for what made it, e.g. a learning "
+        "rate that is too large, 0/0, log(0) or a mask without a class left"
+    )
+
+
+_PROBABILITIES = (
+    "cross_entropy got probabilities (every row is >= 0 and sums to 1) where logits "
+    "belong, so softmax is applied twice and the loss cannot reach 0; pass the scores "
+    "before softmax, or the logarithm of the probabilities"
+)
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    """Whether all rows are >= 0 and sum to 1; for true logits one row is looked at."""
+    if logits.numel() == 0 or logits.shape[-1] < 2:
+        return False
+    scores = logits.detach()
+    first_row = scores[(0,) * (scores.dim() - 1)]
+    return _sum_to_one(first_row) and _sum_to_one(scores)
+
+
+def _sum_to_one(rows: Tensor) -> bool:
+    if rows.amin() < 0:
+        return False
+    tolerance = max(1e-5, 4 * torch.finfo(rows.dtype).eps)  # of V rounded numbers
+    sums = rows.sum(-1, dtype=_accumulation_dtype(rows))
+    return bool(((sums - 1).abs() <= tolerance).all())

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,3 +166,121 @@ def test_bad_options_raise():
         cross_entropy(logits, targets, label_smoothing=1.5)
     with pytest.raises(ValueError, match="reduction='avg' is unknown"):
         cross_entropy(logits, targets, reduction="avg")
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("row", "smoothing", "what"),
+    [
+        ([0.0, NAN, NAN], 0.0, "class 1 is nan"),
+        ([0.0, 1.0, INF], 0.0, "class 2 is inf"),
+        ([-INF, -INF, -INF], 0.0, "every class is -inf"),
+        ([1.0, -INF, 0.0], 1.0, "class 1 is -inf and is smoothed"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_nan_raises_with_the_first_position(row, smoothing, what, dtype):
+    logits = torch.zeros(2, 4, 3, dtype=dtype)
+    logits[1, 2] = logits[1, 3] = torch.tensor(row)
+    targets = torch.ones(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"logits\[1, 2\] give a NaN.*{what}.*rate"):
+        cross_entropy(logits, targets, label_smoothing=smoothing)
+    with pytest.raises(ValueError, match=rf"^logits give a NaN loss: {what}"):
+        cross_entropy(logits[1, 2], targets[1, 2], label_smoothing=smoothing)
+
+
+def test_nan_at_an_ignored_position_raises_too():
+    logits = torch.tensor([[0.0, 0.0], [NAN, 0.0]])
+    with pytest.raises(
+        ValueError, match=r"logits\[1\] give a NaN loss: class 0 is nan"
+    ):
+        cross_entropy(logits, torch.tensor([0, -100]))
+
+
+def test_an_impossible_target_costs_infinitely_much_and_does_not_raise():
+    logits = torch.tensor([[0.0, -INF]])
+    assert cross_entropy(logits, torch.tensor([1])) == INF
+
+
+def test_values_are_asked_for_on_the_cpu_only():
+    logits = torch.zeros(2, 3, device="meta", requires_grad=True)  # has no values
+    loss = cross_entropy(logits, torch.zeros(2, dtype=torch.int64, device="meta"))
+    loss.backward()
+    assert loss.shape == ()
+    assert logits.grad is not None
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 7), (2, 50_000)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+)
+def test_probabilities_warn(shape, dtype):
+    logits, targets = case(*shape, scale=2.0, dtype=torch.float32)
+    p = torch.softmax(logits.detach(), -1).to(dtype)
+    with pytest.warns(UserWarning, match="got probabilities.*scores before softmax"):
+        cross_entropy(p, targets)
+
+
+def test_certain_probabilities_warn_and_the_loss_has_a_floor():
+    targets = torch.arange(10)
+    with pytest.warns(UserWarning, match="softmax is applied twice"):
+        loss = cross_entropy(F.one_hot(targets, 10).to(F64), targets)
+    floor = -torch.log(torch.tensor(torch.e / (torch.e + 9), dtype=F64))
+    torch.testing.assert_close(loss, floor, rtol=1e-12, atol=0)
+
+
+def no_probabilities():
+    p = torch.softmax(case(3, 4)[0].detach(), -1)
+    yield "log-probabilities", p.log()
+    yield "zeros", torch.zeros(3, 4)
+    yield "one class", torch.ones(3, 1)
+    yield "a later row is no distribution", torch.cat([p, p.new_full((1, 4), 2.0)])
+    yield "a later row is negative", torch.cat([p, p.new_tensor([[1.5, -0.5, 0, 0]])])
+    yield "the first row is negative", torch.cat([p.new_tensor([[2.0, -1, 0, 0]]), p])
+    yield "off by a part in a thousand", 1.001 * p.float()
+    yield "no rows", torch.zeros(0, 4)
+
+
+@pytest.mark.parametrize(
+    "logits", [pytest.param(x, id=name) for name, x in no_probabilities()]
+)
+def test_what_is_no_probability_does_not_warn(logits):
+    targets = torch.zeros(len(logits), dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cross_entropy(logits, targets)
+
+
+def test_log_probabilities_are_logits():
+    logits, targets = case(6, 5, scale=3.0)
+    log_p = torch.log_softmax(logits, -1)
+    torch.testing.assert_close(
+        cross_entropy(log_p, targets),
+        cross_entropy(logits, targets),
+        rtol=1e-12,
+        atol=0,
+    )
+
+
+def test_each_line_is_told_once():
+    p, targets = torch.full((2, 4), 0.25), torch.zeros(2, dtype=torch.int64)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")  # as in a plain interpreter
+        for _ in range(3):
+            cross_entropy(p, targets)
+            cross_entropy(p, targets)
+    assert [w.filename for w in told] == [__file__] * 2
+    assert told[1].lineno == told[0].lineno + 1
+
+
+def test_for_true_logits_one_row_is_looked_at(monkeypatch):
+    logits, targets = case(64, 8)
+    read = []
+    monkeypatch.setattr(
+        "labpkg.foundations.losses._sum_to_one",
+        lambda rows: read.append(rows.numel()) or False,
+    )
+    cross_entropy(logits, targets)
+    assert read == [8]  # one row of V, not (B, V)
