@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-NAMES = ("cross_entropy", "data_parallel", "launch", "train")
+NAMES = ("cross_entropy", "data_parallel", "launch", "optimizers", "train")
 
 _COLUMNS = ("variant", "wall_ratio", "cpu_ratio", "samples", "value", "unit")
 

@@ -141,8 +141,9 @@ class AdamW(_ListOptimizer):
 
     p <- p - lr weight_decay p;  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;
     p <- p - lr m' / (sqrt(v') + eps) with m' = m / (1 - b1^t), v' = v / (1 - b2^t).
-    State: two tensors per parameter. Each parameter counts its own steps t, because
-    one without a gradient takes no step.
+    State: two tensors per parameter. Each parameter counts its own steps t, because one
+    without a gradient takes no step. A step reads and writes 18 elements per parameter;
+    the formula as it stands takes 20, one fused kernel 7.
 
     Args:
         params: parameters, or dictionaries that describe groups.
@@ -196,11 +197,12 @@ class AdamW(_ListOptimizer):
         torch._foreach_lerp_(m, grads, 1 - b1)
         torch._foreach_mul_(v, b2)
         torch._foreach_addcmul_(v, grads, grads, 1 - b2)
+        # m' / (sqrt(v') + eps), times its own root: no pass over memory divides by it
+        roots = [(1 - b2**t) ** 0.5 for t in steps]
         denominator = torch._foreach_sqrt(v)
-        torch._foreach_div_(denominator, [(1 - b2**t) ** 0.5 for t in steps])
-        torch._foreach_add_(denominator, group["eps"])
-        step_sizes = [-lr / (1 - b1**t) for t in steps]
-        torch._foreach_addcdiv_(params, m, denominator, step_sizes)
+        torch._foreach_add_(denominator, [root * group["eps"] for root in roots])
+        sizes = [-lr * r / (1 - b1**t) for r, t in zip(roots, steps, strict=True)]
+        torch._foreach_addcdiv_(params, m, denominator, sizes)
 
 
 def _require_at_least_zero(group: dict[str, Any], *names: str) -> None:
