@@ -16,6 +16,7 @@ _EXPORTS = {
     "ModelShape": "planning.shapes",
     "data_parallel_bytes": "planning.cost",
     "wire_bytes": "planning.cost",
+    "activation_bytes": "planning.cost",
     "cross_entropy": "foundations.losses",
     "SGD": "foundations.optimizers",
     "AdamW": "foundations.optimizers",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
         average_gradients_bucketed as average_gradients_bucketed,
     )
     from labpkg.parallelism.data_parallel import mean_weight as mean_weight
+    from labpkg.planning.cost import activation_bytes as activation_bytes
     from labpkg.planning.cost import data_parallel_bytes as data_parallel_bytes
     from labpkg.planning.cost import wire_bytes as wire_bytes
     from labpkg.planning.shapes import ModelShape as ModelShape

@@ -1,23 +1,26 @@
-"""What communication costs, as formulas: bytes before a single byte is sent.
+"""What training costs, as formulas: bytes before a single byte is sent or stored.
 
 Contract: S is the payload, the bytes of the full logical tensor; n is the number of
-ranks on the axis. `wire_bytes` says what one rank sends for it. The counters of
-`labpkg.count_comms` report both numbers, so each formula is an assertion in a chapter.
+ranks on the axis. `wire_bytes` says what one rank sends for it, `activation_bytes`
+what forward keeps for backward. The counters of `labpkg.count_comms` and the hooks of
+autograd report the same numbers, so each formula is an assertion in a chapter.
 
 Standard library only.
 
-Chapters: processes/collectives, processes/communication_cost,
+Chapters: foundations/transformer, processes/collectives, processes/communication_cost,
 parallelism/data_parallel.
 References: Thakur, Rabenseifner, Gropp 2005, Optimization of collective communication
 operations in MPICH, doi:10.1177/1094342005051521; Patarasuk and Yuan 2009, Bandwidth
 optimal all-reduce algorithms for clusters of workstations,
-doi:10.1016/j.jpdc.2008.09.002.
+doi:10.1016/j.jpdc.2008.09.002; Korthikanti et al. 2022, arXiv:2205.05198 (activations).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Protocol
+
+from labpkg.planning.shapes import ModelShape
 
 # Bytes sent by one rank per byte of payload, on a ring of n > 1 ranks.
 _SENT_PER_PAYLOAD_BYTE = {
@@ -97,3 +100,49 @@ def data_parallel_bytes(model: _Model) -> int:
         for parameter in model.parameters()
         if parameter.requires_grad
     )
+
+
+def activation_bytes(shape: ModelShape, *, batch_size: int, itemsize: int = 4) -> int:
+    """Return the bytes of activations that forward keeps for backward.
+
+    A block keeps, per token, the inputs of its two norms and of its matrices, queries,
+    keys, values and the input of GELU: 8 D + 2 F numbers with full key/value heads and
+    no gate, plus two statistics for each norm and the log-sum of each head. The head
+    of the model keeps 2 D + 2, and the loss keeps the V logits. All of it grows with
+    B T. The attention scores would grow with B T^2: they are computed again instead.
+
+    Convention: floating-point tensors, each storage once, without the parameters, which
+    exist anyway; token numbers and targets are not counted. It is exact for
+    `labpkg.GPT` with `labpkg.cross_entropy` on the CPU. On a GPU the norms keep float32
+    statistics in half precision too, a kernel may pad the log-sums, and attention
+    without a fused kernel keeps the scores.
+
+    Args:
+        shape: sizes, with T tokens in each sequence; a feed-forward part with a gate is
+            down(silu(gate x) * up x).
+        batch_size: B, sequences.
+        itemsize: bytes of a number; the log-sums have at least four.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: for a negative `batch_size` or an `itemsize` below 1.
+
+    Reference:
+        Korthikanti et al. 2022, arXiv:2205.05198; log-sums instead of scores: Dao et
+        al. 2022, arXiv:2205.14135.
+    """
+    if batch_size < 0 or itemsize < 1:
+        raise ValueError(
+            f"batch_size={batch_size} must be at least 0 and itemsize={itemsize} at "
+            "least 1; itemsize is 4 for float32"
+        )
+    D, F = shape.width, shape.ffn_width
+    keys_and_values = 2 * shape.num_kv_heads * shape.head_width
+    attention = (D + 2) + D + (D + keys_and_values) + D  # norm, qkv, scores, out
+    feed_forward = (D + 2) + D + (4 if shape.gated_mlp else 2) * F
+    head = (D + 2) + D + shape.vocab_size
+    numbers = shape.num_layers * (attention + feed_forward) + head
+    log_sums = shape.num_layers * shape.num_heads * max(itemsize, 4)
+    return batch_size * shape.sequence_length * (itemsize * numbers + log_sums)

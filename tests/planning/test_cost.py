@@ -1,10 +1,16 @@
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
+from labpkg.foundations.losses import cross_entropy
 from labpkg.foundations.models import GPT, MLP, GPTConfig
-from labpkg.planning.cost import data_parallel_bytes, wire_bytes
+from labpkg.planning.cost import activation_bytes, data_parallel_bytes, wire_bytes
 
 
 def ring_all_reduce_bytes(num_elements: int, n: int) -> list[int]:
@@ -73,3 +79,79 @@ def test_data_parallel_bytes_counts_tied_weights_once():
     sizes = {"num_layers": 1, "width": 8, "num_heads": 2, "sequence_length": 4}
     tied, untied = GPT(GPTConfig(**sizes)), GPT(GPTConfig(**sizes, tied=False))
     assert data_parallel_bytes(untied) - data_parallel_bytes(tied) == 4 * (256 * 8 + 1)
+
+
+def kept_bytes(model: nn.Module, forward) -> int:
+    """Count the storages of floats that a forward keeps, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}  # the tensors too: a freed address could be used again
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(nbytes for nbytes, _ in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        (torch.float32, {}),
+        (torch.float64, {"num_layers": 3, "num_heads": 8}),
+        (torch.bfloat16, {"ffn_width": 17}),
+        (torch.float32, {"tied": False, "vocab_size": 5, "width": 40}),
+    ],
+)
+def test_activation_bytes_are_what_autograd_keeps(dtype, sizes):
+    defaults = {"num_layers": 2, "width": 24, "num_heads": 4, "sequence_length": 11}
+    model = GPT(GPTConfig(**{**defaults, **sizes})).to(dtype)
+    tokens = torch.zeros(3, 11, dtype=torch.int64)
+    kept = kept_bytes(model, lambda: cross_entropy(model(tokens), tokens))
+    assert kept == activation_bytes(
+        model.config.shape, batch_size=3, itemsize=dtype.itemsize
+    )
+
+
+class GatedGroupedBlock(nn.Module):
+    """A block with two query heads for each key/value head, and a gate."""
+
+    def __init__(self, D=24, N=4, K=2, width=36):
+        super().__init__()
+        self.heads = (N, K, K)
+        self.norms = nn.ModuleList(nn.LayerNorm(D, bias=False) for _ in range(2))
+        self.qkv = nn.Linear(D, (N + 2 * K) * D // N, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.gate, self.up = (nn.Linear(D, width, bias=False) for _ in range(2))
+        self.down = nn.Linear(width, D, bias=False)
+
+    def forward(self, x):
+        heads = self.qkv(self.norms[0](x)).unflatten(-1, (sum(self.heads), -1))
+        q, k, v = heads.transpose(1, 2).split(self.heads, 1)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        h = self.norms[1](x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def test_activation_bytes_of_a_gated_grouped_block():
+    block = GatedGroupedBlock()
+    x = torch.randn(3, 11, 24, requires_grad=True)
+    config = GPTConfig(num_layers=1, width=24, num_heads=4, sequence_length=11)
+    grouped = {"num_kv_heads": 2, "gated_mlp": True, "ffn_width": 36}
+    one = replace(config.shape, **grouped)
+    two = replace(one, num_layers=2)
+    more = activation_bytes(two, batch_size=3) - activation_bytes(one, batch_size=3)
+    assert kept_bytes(block, lambda: block(x)) == more
+
+
+def test_activation_bytes_refuse_bad_sizes():
+    shape = GPTConfig(num_layers=1, width=8, num_heads=2, sequence_length=4).shape
+    assert activation_bytes(shape, batch_size=0) == 0
+    with pytest.raises(ValueError, match="batch_size=-1"):
+        activation_bytes(shape, batch_size=-1)
+    with pytest.raises(ValueError, match="itemsize=0"):
+        activation_bytes(shape, batch_size=1, itemsize=0)
