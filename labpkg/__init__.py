@@ -31,6 +31,8 @@ _EXPORTS = {
     "stdlib_text": "foundations.data",
     "file_text": "foundations.data",
     "batches": "foundations.data",
+    "ConfusionMatrix": "foundations.metrics",
+    "RunningMean": "foundations.metrics",
     "World": "processes.world",
     "RankError": "processes.world",
     "make_mesh": "processes.mesh",
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
     from labpkg.foundations.learning_rates import warmup_cosine as warmup_cosine
     from labpkg.foundations.learning_rates import warmup_linear as warmup_linear
     from labpkg.foundations.losses import cross_entropy as cross_entropy
+    from labpkg.foundations.metrics import ConfusionMatrix as ConfusionMatrix
+    from labpkg.foundations.metrics import RunningMean as RunningMean
     from labpkg.foundations.models import GPT as GPT
     from labpkg.foundations.models import MLP as MLP
     from labpkg.foundations.models import GPTConfig as GPTConfig
