@@ -10,43 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-
-from labpkg.processes.collectives import all_reduce
-
-
-class RunningMean:
-    """A mean over what all ranks have seen since the last question, by counts.
-
-    Sums and counts travel, not means, so ranks with different shards weigh right, and
-    only one collective is needed however rarely one asks. It stays on the device: a GPU
-    is waited for when the mean is read.
-
-    Args:
-        mesh: The data-parallel axis.
-        device: Where the losses are.
-    """
-
-    def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
-        self._mesh = mesh
-        self._totals = torch.zeros(2, dtype=torch.float64, device=device)
-
-    def add(self, mean: Tensor, count: int) -> None:
-        """Add a mean of this rank and what it was taken over."""
-        self._totals[0] += mean.detach() * count
-        self._totals[1] += count
-
-    def read(self) -> tuple[float, int]:
-        """Return mean and count over all ranks, and start again; every rank calls it.
-
-        Communication: an all_reduce of two numbers.
-        """
-        total, count = all_reduce(self._totals, self._mesh).tolist()
-        self._totals.zero_()
-        return total / count, int(count)
-
 
 class Tracker:
     """Show and record scalars; on ranks other than 0 it does nothing.

@@ -16,6 +16,7 @@ import tempfile
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +27,10 @@ from torch.nn.utils import clip_grad_norm_
 from labpkg.foundations.data import batches
 from labpkg.foundations.learning_rates import warmup_cosine
 from labpkg.foundations.losses import cross_entropy
+from labpkg.foundations.metrics import RunningMean
 from labpkg.foundations.optimizers import AdamW
 from labpkg.parallelism.data_parallel import DataParallel
+from labpkg.processes.collectives import all_reduce
 from labpkg.processes.mesh import choose_placement, make_mesh
 from labpkg.processes.messages import all_gather_object
 from labpkg.runs.checkpoint import (
@@ -39,7 +42,7 @@ from labpkg.runs.config import TrainConfig
 from labpkg.runs.joining import joined
 from labpkg.runs.start import find_start, set_aside
 from labpkg.runs.tasks import build_model, load_task, sample_text
-from labpkg.runs.tracking import RunningMean, Tracker
+from labpkg.runs.tracking import Tracker
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 _NUM_REPORTS = 100
@@ -189,7 +192,7 @@ class _Run:
         model = build_model(config).to(device, self.dtype)
         self.model = DataParallel(model, self.mesh)
         self.optimizer = AdamW(self.model.parameters(), lr=0.0, betas=_BETAS)
-        self.mean_loss = RunningMean(self.mesh, device)
+        self.mean_loss = self._running_mean()
         self.history: list[tuple[int, float]] = []
         self.first_step_time = 0.0
 
@@ -250,6 +253,10 @@ class _Run:
         self.optimizer.zero_grad()
         self.mean_loss.add(loss, y.numel())
 
+    def _running_mean(self) -> RunningMean:
+        total = partial(all_reduce, mesh=self.mesh)
+        return RunningMean(reduce=total, device=self.device)
+
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         if x.is_floating_point():
             x = x.to(self.dtype)
@@ -268,7 +275,7 @@ class _Run:
 
     @torch.no_grad()
     def _evaluate(self) -> float:
-        mean = RunningMean(self.mesh, self.device)
+        mean = self._running_mean()
         for x, y in batches(
             self.task.validation,
             global_batch_size=_EVALUATION_BATCH,
