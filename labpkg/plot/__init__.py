@@ -12,8 +12,18 @@ Chapters: all of them; first used in parallelism/data_parallel.
 
 from labpkg.plot.appearance import COLORS, style
 from labpkg.plot.curves import loss
+from labpkg.plot.landscapes import contours, spectrum
 from labpkg.plot.players import player
 from labpkg.plot.records import recorded
 from labpkg.plot.timelines import timeline
 
-__all__ = ["COLORS", "loss", "player", "recorded", "style", "timeline"]
+__all__ = [
+    "COLORS",
+    "contours",
+    "loss",
+    "player",
+    "recorded",
+    "spectrum",
+    "style",
+    "timeline",
+]
