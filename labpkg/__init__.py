@@ -27,6 +27,7 @@ _EXPORTS = {
     "MLP": "foundations.models",
     "GPT": "foundations.models",
     "GPTConfig": "foundations.models",
+    "KVCache": "foundations.models",
     "digits": "foundations.data",
     "stdlib_text": "foundations.data",
     "file_text": "foundations.data",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from labpkg.foundations.models import GPT as GPT
     from labpkg.foundations.models import MLP as MLP
     from labpkg.foundations.models import GPTConfig as GPTConfig
+    from labpkg.foundations.models import KVCache as KVCache
     from labpkg.foundations.optimizers import SGD as SGD
     from labpkg.foundations.optimizers import AdamW as AdamW
     from labpkg.parallelism.data_parallel import DataParallel as DataParallel

@@ -4,9 +4,7 @@ Contract: parallelism enters from outside. Each GPT layer reads its number of he
 hidden units from the weights it holds, so a tensor-parallel rank can keep a slice of
 them and run the same forward. `GPT.forward` is the composition of `pipeline_units()`.
 
-Notation: B batch, T sequence, D width, F feed-forward, N heads, H = D / N head width,
-V vocabulary, L layers.
-
+Letters: B batch, T sequence, D width, F feed-forward, N heads, H = D / N, V, L.
 Chapters: foundations/training_loop, foundations/transformer.
 References: Vaswani et al. 2017, arXiv:1706.03762; Radford et al. 2019, Language models
 are unsupervised multitask learners (GPT-2); Press and Wolf 2017, arXiv:1608.05859 (tied
@@ -15,6 +13,7 @@ embeddings).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -115,10 +114,6 @@ class GPT(nn.Module):
     Shape:
         tokens (B, T) -> logits (B, T, V)
 
-    Raises:
-        ValueError: in forward, for tokens that are not (B, T) or longer than
-            `config.sequence_length`.
-
     Reference:
         Radford et al. 2019, Language models are unsupervised multitask learners.
     """
@@ -139,19 +134,39 @@ class GPT(nn.Module):
             elif weight.dim() > 1:
                 nn.init.normal_(weight, std=std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, caches: Sequence[KVCache] | None = None
+    ) -> Tensor:
         """Return the logits of the token that follows each position.
 
+        With caches the tokens continue those that the caches have seen, and only the
+        new ones are computed: T after t old ones cost T (t + T) scores in each head.
+
         Args:
-            tokens: Token numbers, int64; T is at most the sequence length.
+            tokens: token numbers, int64; with those in the caches at most as many as
+                the sequence length.
+            caches: one for each block, all new or used together before.
 
         Shape:
             tokens (B, T) -> (B, T, V)
+
+        Raises:
+            ValueError: for tokens that are not (B, T) or too many, or too few caches.
         """
         x = tokens
-        for unit in self.pipeline_units():
-            x = unit(x)
-        return x
+        if caches is None:
+            for unit in self.pipeline_units():
+                x = unit(x)
+            return x
+        if len(caches) != len(self.blocks):
+            raise ValueError(
+                f"{len(caches)} caches for {len(self.blocks)} blocks; make them with "
+                "[KVCache() for _ in model.blocks]"
+            )
+        x = self.embedding(tokens, start=len(caches[0]))
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, cache)
+        return self.head(x)
 
     def pipeline_units(self) -> list[nn.Module]:
         """Return the modules whose composition is forward: embedding, blocks, head.
@@ -169,16 +184,21 @@ class GPT(nn.Module):
         num_tokens: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        cache: bool = True,
     ) -> Tensor:
         """Continue a prompt, one sampled token after the other.
 
-        Each new token costs one forward over the last `config.sequence_length` tokens.
+        With the cache the prompt is read once and each new token costs one forward over
+        itself. Beyond `config.sequence_length` tokens the window slides: each token in
+        it has a new position, hence new keys and values, and a new token costs one
+        forward over the whole window, as it does without the cache.
 
         Args:
             prompt: at least one token.
             num_tokens: tokens to add.
             temperature: divides the logits; 0 takes the most likely token.
             generator: source of randomness on the device of the model.
+            cache: whether to keep keys and values; the result is equal up to rounding.
 
         Returns:
             The prompt and its continuation.
@@ -198,17 +218,47 @@ class GPT(nn.Module):
             raise ValueError(
                 f"num_tokens={num_tokens} and temperature={temperature} must be >= 0"
             )
-        tokens = prompt
+        longest = self.config.sequence_length
+        caches = [KVCache() for _ in self.blocks] if cache else None
+        tokens, unread = prompt, prompt[:, -longest:]
         for _ in range(num_tokens):
-            recent = tokens[:, -self.config.sequence_length :]
-            logits = self(recent)[:, -1]  # (B, V)
+            logits = self(unread, caches)[:, -1]  # (B, V)
             if temperature == 0:
-                next_token = logits.argmax(-1, keepdim=True)
+                new = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
                 probabilities = torch.softmax(logits.float() / temperature, -1)
-                next_token = torch.multinomial(probabilities, 1, generator=generator)
-            tokens = torch.cat([tokens, next_token], dim=1)
+                new = torch.multinomial(probabilities, 1, generator=generator)
+            tokens = torch.cat([tokens, new], dim=1)
+            if tokens.shape[1] > longest:
+                caches = None  # each position changes, and all keys and values
+            unread = tokens[:, -longest:] if caches is None else new
         return tokens
+
+
+class KVCache:
+    """The keys and values that one attention layer has computed so far.
+
+    After T tokens that is 2 B T D numbers; on a rank with some of the heads, fewer.
+    """
+
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Return T, the number of tokens seen."""
+        return 0 if self.kept is None else self.kept[0].shape[2]
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of new tokens and return those of all.
+
+        Args:
+            k: keys (B, N, T, H).
+            v: values (B, N, T, H).
+        """
+        if self.kept is not None:
+            k, v = (torch.cat(pair, 2) for pair in zip(self.kept, (k, v), strict=True))
+        self.kept = k, v
+        return k, v
 
 
 class Embedding(nn.Module):
@@ -229,15 +279,17 @@ class Embedding(nn.Module):
         self.tokens = nn.Embedding(shape.vocab_size, shape.width)
         self.positions = nn.Embedding(shape.sequence_length, shape.width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the start of the residual stream."""
+    def forward(self, tokens: Tensor, *, start: int = 0) -> Tensor:
+        """Return the start of the residual stream; the first token is at `start`."""
         longest = self.positions.num_embeddings
-        if tokens.dim() != 2 or tokens.shape[1] > longest:
+        if tokens.dim() != 2 or start + tokens.shape[1] > longest:
+            after = f" after {start} cached tokens" if start else ""
             raise ValueError(
                 f"tokens must be (B, T) with T <= sequence_length={longest}, got "
-                f"{tuple(tokens.shape)}; crop them or make a longer model"
+                f"{tuple(tokens.shape)}{after}; crop them or make a longer model"
             )
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        end = start + tokens.shape[1]
+        positions = torch.arange(start, end, device=tokens.device)
         return self.tokens(tokens) + self.positions(positions)
 
 
@@ -258,9 +310,9 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(shape.width, bias=False)
         self.mlp = FeedForward(shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return the residual stream after this layer."""
-        x = x + self.attention(self.attention_norm(x))
+        x = x + self.attention(self.attention_norm(x), cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -289,11 +341,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(shape.width, 3 * shape.width, bias=False)
         self.out = nn.Linear(shape.width, shape.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return what each position reads from itself and the positions before it."""
         qkv = self.qkv(x).unflatten(-1, (-1, 3, self.head_width))  # (B, T, N, 3, H)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # (B, N, T, H) each
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, N, len + T, H) each
+            if k.shape[2] > q.shape[2]:
+                # `is_causal` would put query 0 at key 0, but it comes after the cache.
+                past = k.shape[2] - q.shape[2]
+                mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(past)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None
+        )
         return self.out(mixed.transpose(1, 2).flatten(2))  # (B, T, D)
 
 

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from labpkg.foundations.losses import cross_entropy
-from labpkg.foundations.models import GPT, MLP, Attention, GPTConfig
+from labpkg.foundations.models import GPT, MLP, Attention, GPTConfig, KVCache
 
 CONFIG = GPTConfig(
     num_layers=3, width=24, num_heads=4, sequence_length=10, vocab_size=31, ffn_width=40
@@ -206,12 +206,79 @@ def test_generate_samples_the_softmax():
     assert torch.equal(drawn, again)
 
 
+@pytest.mark.parametrize("lengths", [(10,), (4, 1, 1, 1, 3), (1,) * 10, (1, 9)])
+def test_cached_logits_equal_uncached_ones(lengths):
+    model, tokens = make_gpt(), make_tokens()
+    caches = [KVCache() for _ in model.blocks]
+    parts = [model(part, caches) for part in tokens.split(lengths, 1)]
+    torch.testing.assert_close(
+        torch.cat(parts, 1), model(tokens), rtol=1e-12, atol=1e-12
+    )
+    assert [len(cache) for cache in caches] == [10, 10, 10]
+
+
+def test_a_cache_of_another_text_changes_the_logits():
+    model, tokens = make_gpt(), make_tokens()
+    caches = [KVCache() for _ in model.blocks]
+    model((tokens[:, :4] + 1) % 31, caches)
+    assert (model(tokens[:, 4:], caches) - model(tokens)[:, 4:]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(("length", "num_tokens"), [(1, 9), (6, 4), (6, 9), (13, 3)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generate_with_cache_writes_the_same(length, num_tokens, temperature):
+    model, prompt = make_gpt(), make_tokens(3, length)
+    for p in model.parameters():
+        p.data *= 4  # far from uniform
+    with_cache, without = (
+        model.generate(
+            prompt,
+            num_tokens=num_tokens,
+            temperature=temperature,
+            generator=torch.Generator().manual_seed(0),
+            cache=cache,
+        )
+        for cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+
+
+def test_a_cached_token_is_read_once_until_the_window_slides():
+    model, read = make_gpt(), []
+    model.embedding.register_forward_hook(
+        lambda module, inputs, output: read.append(inputs[0].shape[1])
+    )
+    model.generate(make_tokens(1, 4), num_tokens=9)
+    assert read == [4, 1, 1, 1, 1, 1, 1, 10, 10]
+    read.clear()
+    model.generate(make_tokens(1, 4), num_tokens=9, cache=False)
+    assert read == [4, 5, 6, 7, 8, 9, 10, 10, 10]
+
+
+def test_the_cache_of_a_slice_holds_its_heads():
+    layer, cache = Attention(CONFIG.shape), KVCache()
+    layer.qkv.weight = nn.Parameter(layer.qkv.weight.chunk(2, 0)[0])
+    layer.out.weight = nn.Parameter(layer.out.weight.chunk(2, 1)[0])
+    x = torch.randn(2, 7, 24)
+    whole = layer(x)
+    parts = [layer(part, cache) for part in x.split([5, 2], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    assert cache.kept is not None
+    assert [part.shape for part in cache.kept] == [(2, 2, 7, 6)] * 2
+
+
 def test_bad_input_raises():
     model = make_gpt()
     with pytest.raises(ValueError, match=r"T <= sequence_length=10, got \(2, 11\)"):
         model(make_tokens(2, 11))
     with pytest.raises(ValueError, match=r"tokens must be \(B, T\)"):
         model(make_tokens()[0])
+    caches = [KVCache() for _ in model.blocks]
+    model(make_tokens(2, 8), caches)
+    with pytest.raises(ValueError, match=r"got \(2, 3\) after 8 cached tokens"):
+        model(make_tokens(2, 3), caches)
+    with pytest.raises(ValueError, match="2 caches for 3 blocks"):
+        model(make_tokens(), caches[1:])
     with pytest.raises(ValueError, match=r"T >= 1, got \(2, 0\)"):
         model.generate(make_tokens()[:, :0], num_tokens=1)
     with pytest.raises(ValueError, match=r"prompt\[None\]"):
