@@ -3,9 +3,10 @@
     notebooks.py list                print the notebooks of _toc.yml
     notebooks.py execute [FILE...]   run them (default: all) and store their outputs
 
-Execution writes only what belongs to the content: outputs, widget state and stable cell
-ids. Machine paths, host names, versions and times stay out, so that a second execution
-of an unchanged notebook changes as little as its cells allow.
+Execution writes only what belongs to the content: outputs and stable cell ids. Machine
+paths, host names, versions and times stay out, so that a second execution of an
+unchanged notebook changes as little as its cells allow. So do widgets, for which a page
+would fetch scripts from another host: tag their cells `remove-output`.
 """
 
 from __future__ import annotations
@@ -120,14 +121,13 @@ def normalise(notebook: Any, root: Path = ROOT) -> Any:
         "kernelspec": KERNELSPEC,
         "language_info": {"name": "python"},
     }
-    if "widgets" in notebook.metadata:
-        metadata["widgets"] = scrub(notebook.metadata["widgets"], traces)
     cells = []
     for cell in notebook.cells:
         cell = dict(cell, metadata={**cell.metadata})
         cell["metadata"].pop("execution", None)
         if cell["cell_type"] == "code":
-            cell["outputs"] = scrub(cell["outputs"], traces)
+            is_hidden = "remove-output" in cell["metadata"].get("tags", [])
+            cell["outputs"] = [] if is_hidden else scrub(cell["outputs"], traces)
         cells.append(cell)
     return nbformat.from_dict(dict(notebook, metadata=metadata, cells=cells))
 
@@ -143,7 +143,7 @@ def execute(path: Path, root: Path = ROOT) -> None:
         extra_arguments=["--log-level=ERROR"],
         timeout=300,
         kernel_name="python3",
-        store_widget_state=True,
+        store_widget_state=False,
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},

@@ -43,6 +43,18 @@ def test_a_chapter_obeys_the_template(path, magics):
     assert notebooks.scrub(text, notebooks.machine_traces()) == text
 
 
+def test_widgets_are_not_stored():
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "1a"}}
+    cells = [nbformat.v4.new_code_cell("1"), nbformat.v4.new_code_cell("2")]
+    for cell in cells:
+        cell.outputs = [nbformat.v4.new_output("display_data", data=view)]
+    cells[1].metadata.tags = ["remove-output"]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"widgets": {"a": 1}})
+    stored = notebooks.normalise(notebook)
+    assert [len(cell.outputs) for cell in stored.cells] == [1, 0]
+    assert "widgets" not in stored.metadata
+
+
 def test_the_template_obeys_itself(magics):
     assert violations(nbformat.read(TEMPLATE, as_version=4), magics) == []
 
