@@ -35,11 +35,13 @@ from labpkg.check.setup_exercises import (
     threads_per_rank,
     visible_gpus,
 )
+from labpkg.check.vocabulary_exercises import chunked_cross_entropy
 
 __all__ = [
     "CheckResult",
     "accumulated_gradient",
     "bucket_sizes",
+    "chunked_cross_entropy",
     "cross_entropy",
     "cross_entropy_gradient",
     "end_of_step",

@@ -14,12 +14,15 @@ import copy
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from labpkg.check.limits import OversizedError
 
 _LARGEST_SHOWN = 24  # elements of a tensor in a report
 
@@ -44,6 +47,10 @@ class CheckResult:
         return self.passed
 
 
+def _no_limit(*case: Any) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exercise:
     """One task: a function to write, cases to try it on, mistakes to recognise.
@@ -57,6 +64,7 @@ class Exercise:
         hint: shown when no mistake is recognised.
         rtol: relative tolerance; half-finished answers differ by far more.
         atol: absolute tolerance.
+        limit: called with a case, returns the context in which the function runs.
     """
 
     name: str
@@ -67,6 +75,7 @@ class Exercise:
     hint: str
     rtol: float = 1e-4
     atol: float = 1e-6
+    limit: Callable[..., AbstractContextManager[Any]] = _no_limit
 
     def check(self, fn: Callable[..., Any]) -> CheckResult:
         """Print and return how a function does on all cases, up to the first failure.
@@ -114,7 +123,8 @@ class _Trial:
     def failure(self, fn: Callable[..., Any]) -> _Failure | None:
         given = copy.deepcopy(self.case)
         try:
-            got = fn(*given)
+            with self.exercise.limit(*self.case):
+                got = fn(*given)
         except (Exception, SystemExit) as error:
             return self._crash(error)
         for name, before, after in zip(
@@ -163,9 +173,14 @@ class _Trial:
     def _crash(self, error: BaseException) -> _Failure:
         frames = error.__traceback__
         own = frames.tb_next if frames else None  # without our own call
-        lines = traceback.format_exception(type(error), error, own)
+        depth = len(traceback.extract_tb(own))
+        if isinstance(error, OversizedError):
+            depth -= 1  # without the limit: the last line is the one that broke it
+        lines = traceback.format_exception(type(error), error, own, limit=depth)
         hint = f"the function is called as {self.exercise.call}"
-        if own is not None:
+        if isinstance(error, OversizedError):
+            hint = error.hint
+        elif own is not None:
             hint = f"the function raises {type(error).__name__}; " + hint
         return _Failure(self._details("".join(lines).rstrip()), hint)
 

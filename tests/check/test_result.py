@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from labpkg.check.limits import SizeLimit
 from labpkg.check.result import CheckResult, Exercise
 
 DOUBLE = Exercise(
@@ -167,3 +168,21 @@ def test_a_large_tensor_is_shown_by_its_shape():
     )
     message = large.check(lambda x: x + 2).message
     assert "got      a tensor of shape (10, 10), mean 3" in message
+
+
+def test_a_limit_holds_inside_the_function_only():
+    outer = Exercise(
+        name="outer",
+        arguments=("x",),
+        reference=lambda x: x.outer(x).sum(),  # larger than the limit: not limited
+        cases=[(torch.ones(3),)],
+        mistakes={},
+        hint="multiply the sums",
+        limit=lambda x: SizeLimit(3, "sum first"),
+    )
+    assert outer.check(lambda x: x.sum() ** 2)
+    assert outer.check(lambda x: x.expand(9, 3)[0].sum() ** 2)  # a view is no memory
+    result = outer.check(lambda x: (x[:, None] * x).sum())
+    assert result.hint == "sum first"
+    assert "this makes a tensor of 9 elements, shape (3, 3)" in result.message
+    assert torch.ones(9).numel() == 9  # and it is over
