@@ -20,6 +20,16 @@ from labpkg.check.data_parallel_exercises import (
     mean_gradients,
     shard_batch,
 )
+from labpkg.check.gradient_descent_curvature_exercises import (
+    sharpness,
+    stability_limit,
+)
+from labpkg.check.gradient_descent_step_exercises import (
+    adamw_step,
+    clip_by_norm,
+    linear_schedule,
+    momentum_step,
+)
 from labpkg.check.ranks_exercises import (
     first_failure,
     global_rank,
@@ -35,30 +45,52 @@ from labpkg.check.setup_exercises import (
     threads_per_rank,
     visible_gpus,
 )
+from labpkg.check.training_loop_data_exercises import (
+    binary_scores,
+    merged_statistics,
+    standardize,
+)
+from labpkg.check.training_loop_run_exercises import (
+    early_stopping,
+    stage_speedup,
+    whole_run,
+)
 from labpkg.check.vocabulary_exercises import chunked_cross_entropy
 
 __all__ = [
     "CheckResult",
     "accumulated_gradient",
+    "adamw_step",
+    "binary_scores",
     "bucket_sizes",
     "chunked_cross_entropy",
+    "clip_by_norm",
     "cross_entropy",
     "cross_entropy_gradient",
+    "early_stopping",
     "end_of_step",
     "first_failure",
     "global_rank",
     "hang_suspect",
     "label_smoothing",
+    "linear_schedule",
     "loss_weights",
     "mean_gradients",
+    "merged_statistics",
+    "momentum_step",
     "new_enough",
     "rank_variables",
     "ranks_per_gpu",
     "ring_neighbours",
     "shard_batch",
     "shard_bounds",
+    "sharpness",
     "softmax",
+    "stability_limit",
+    "stage_speedup",
+    "standardize",
     "threads_per_rank",
     "visible_gpus",
     "weighted_mean",
+    "whole_run",
 ]
