@@ -28,10 +28,16 @@ _EXPORTS = {
     "GPT": "foundations.models",
     "GPTConfig": "foundations.models",
     "KVCache": "foundations.models",
-    "digits": "foundations.data",
+    "digits": "foundations.tables",
+    "breast_cancer": "foundations.tables",
+    "mnist_5k": "foundations.tables",
+    "spirals": "foundations.tables",
+    "regression": "foundations.tables",
     "stdlib_text": "foundations.data",
     "file_text": "foundations.data",
     "batches": "foundations.data",
+    "Standardize": "foundations.transforms",
+    "augment": "foundations.transforms",
     "ConfusionMatrix": "foundations.metrics",
     "RunningMean": "foundations.metrics",
     "World": "processes.world",
@@ -68,7 +74,6 @@ if TYPE_CHECKING:
     from labpkg import plot as plot
     from labpkg.display import show as show
     from labpkg.foundations.data import batches as batches
-    from labpkg.foundations.data import digits as digits
     from labpkg.foundations.data import file_text as file_text
     from labpkg.foundations.data import stdlib_text as stdlib_text
     from labpkg.foundations.learning_rates import constant as constant
@@ -84,6 +89,13 @@ if TYPE_CHECKING:
     from labpkg.foundations.models import KVCache as KVCache
     from labpkg.foundations.optimizers import SGD as SGD
     from labpkg.foundations.optimizers import AdamW as AdamW
+    from labpkg.foundations.tables import breast_cancer as breast_cancer
+    from labpkg.foundations.tables import digits as digits
+    from labpkg.foundations.tables import mnist_5k as mnist_5k
+    from labpkg.foundations.tables import regression as regression
+    from labpkg.foundations.tables import spirals as spirals
+    from labpkg.foundations.transforms import Standardize as Standardize
+    from labpkg.foundations.transforms import augment as augment
     from labpkg.parallelism.data_parallel import DataParallel as DataParallel
     from labpkg.parallelism.data_parallel import average_gradients as average_gradients
     from labpkg.parallelism.data_parallel import (

@@ -3,8 +3,7 @@
 Contract of `batches`: the batch of a step is a function of (seed, step), and the ranks
 of an axis cut it into contiguous pieces, so n ranks together see exactly the samples
 of one process, in the same order; a run resumes at any step without replaying one.
-Nothing is downloaded: digits come with scikit-learn, text is the source of the Python
-standard library.
+Nothing is downloaded: the text is the source of the Python standard library, or yours.
 
 Chapters: foundations/training_loop, processes/data_loading.
 """
@@ -14,8 +13,8 @@ from __future__ import annotations
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from labpkg.foundations.tables import require_split
+
+Columns = tuple[Tensor, ...]
+Transform = Callable[[Columns, Tensor], Columns]
 
 # Left out of the text: what installations of one Python version may lack or add.
 _OPTIONAL_FOLDERS = {
@@ -57,13 +61,23 @@ class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
         windows[i]: x (T,), y (T,); windows[indices (B,)]: x (B, T), y (B, T); int64
 
     Raises:
-        ValueError: if the text is too short for one window, or T < 1.
+        ValueError: if the text is too short for one window or no bytes, or T < 1.
     """
 
     def __init__(self, text: bytes | bytearray, *, sequence_length: int) -> None:
         if sequence_length < 1:
             raise ValueError(
                 f"sequence_length={sequence_length} must be at least 1; choose e.g. 128"
+            )
+        if not isinstance(text, bytes | bytearray):
+            raise ValueError(
+                f"the text is a {type(text).__name__}, but windows are made of bytes; "
+                "call text.encode()"
+            )
+        if not text:
+            raise ValueError(
+                f"the text is empty; sequence_length={sequence_length} needs at least "
+                f"{sequence_length + 1} bytes"
             )
         if len(text) <= sequence_length:
             raise ValueError(
@@ -80,40 +94,6 @@ class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
         T = self.sequence_length
         windows = self.text.unfold(0, T + 1, T)[index].long()  # (..., T + 1)
         return windows[..., :-1].contiguous(), windows[..., 1:].contiguous()
-
-
-def digits(split: str = "train") -> TensorDataset:
-    """Return scikit-learn's 8 x 8 handwritten digits.
-
-    Every fifth image of each class is a test image, so both parts hold the classes in
-    equal proportion and the split never changes.
-
-    Args:
-        split: "train" (1442 images) or "test" (355).
-
-    Returns:
-        x (N, 64) float32 in [0, 1] and y (N,) int64, on the CPU.
-
-    Raises:
-        ValueError: for another split, or without scikit-learn.
-
-    Reference:
-        Alpaydin and Kaynak 1998, Optical recognition of handwritten digits,
-        doi:10.24432/C50P49.
-    """
-    _require_split(split, "train", "test")
-    # Read from scikit-learn's folder: to import it would cost each rank a second.
-    package = find_spec("sklearn")
-    if package is None or package.origin is None:
-        raise ValueError("digits() needs scikit-learn; pip install scikit-learn")
-    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    table = np.loadtxt(file, delimiter=",", dtype=np.float32)  # 64 pixels, then y
-    x, y = table[:, :-1], table[:, -1].astype(np.int64)
-    is_test = np.zeros(len(y), dtype=bool)
-    for label in range(10):
-        is_test[np.flatnonzero(y == label)[4::5]] = True
-    chosen = is_test if split == "test" else ~is_test
-    return TensorDataset(torch.from_numpy(x[chosen] / 16), torch.from_numpy(y[chosen]))
 
 
 def stdlib_text(split: str = "train", *, sequence_length: int = 128) -> ByteWindows:
@@ -134,7 +114,7 @@ def stdlib_text(split: str = "train", *, sequence_length: int = 128) -> ByteWind
     Raises:
         ValueError: for another split, or a Python without source files.
     """
-    _require_split(split, "train", "validation")
+    require_split(split, "train", "validation")
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [name for name in _stdlib_files(root) if _split_of(name) == split]
     if not names:
@@ -164,7 +144,7 @@ def file_text(
         ValueError: for another split, or a file that is missing, unreadable, or too
             short for one window.
     """
-    _require_split(split, "train", "validation")
+    require_split(split, "train", "validation")
     try:
         text = Path(path).read_bytes()
     except OSError as error:
@@ -188,7 +168,8 @@ def batches(
     steps: int | None = None,
     seed: int,
     start_step: int = 0,
-) -> Iterator[tuple[Tensor, ...]]:
+    transform: Transform | None = None,
+) -> Iterator[Columns]:
     """Yield this rank's part of each global batch.
 
     Samples come in the order of one seeded permutation per epoch, one epoch after the
@@ -207,23 +188,26 @@ def batches(
         seed: chooses the permutations.
         start_step: first step to yield, for a run that resumes; earlier ones cost
             nothing.
+        transform: called as `transform(columns, positions)` on this rank's part, which
+            may be empty, and returns the columns to yield. Sample i of the part has the
+            number positions[i] in the endless order, int64 and on the CPU. What is a
+            function of (sample, position), such as `augment`, is then the same for any
+            number of ranks.
 
     Returns:
         An iterator over the batches of steps `start_step` to `steps` - 1, as tensors
         on torch's default device.
 
     Raises:
-        ValueError: at the call, for empty data or a number out of range.
-        TypeError: instead of the first batch, for samples of another kind.
+        ValueError: at the call, for empty data, a number out of range or a mesh of
+            several axes; instead of a batch, if a transform changes the number of
+            samples.
+        TypeError: instead of a batch, for samples or a transform of another kind.
     """
     num_samples = len(data)  # pyright: ignore[reportArgumentType]
-    if num_samples == 0:
-        raise ValueError("the dataset is empty; give at least one sample")
-    if global_batch_size < 1 or seed < 0:
-        raise ValueError(
-            f"global_batch_size={global_batch_size} must be at least 1 and seed={seed} "
-            "at least 0"
-        )
+    _check_numbers(
+        num_samples, global_batch_size=global_batch_size, seed=seed, steps=steps
+    )
     one_epoch = -(-num_samples // global_batch_size)
     last_step = one_epoch if steps is None else steps
     if not 0 <= start_step <= last_step:
@@ -231,11 +215,9 @@ def batches(
             f"start_step={start_step} is not in the run of {last_step} steps; choose "
             f"0 to {last_step}, or more steps"
         )
-    rank, num_ranks = (
-        (0, 1) if shard is None else (shard.get_local_rank(), shard.size())
-    )
+    rank, num_ranks = _place(shard)
 
-    def generate() -> Iterator[tuple[Tensor, ...]]:
+    def generate() -> Iterator[Columns]:
         order = _SampleOrder(num_samples, seed)
         for step in range(start_step, last_step):
             start, size = step * global_batch_size, global_batch_size
@@ -245,9 +227,39 @@ def batches(
             last = start + size * (rank + 1) // num_ranks
             device = torch.get_default_device()
             columns = _fetch(data, order.samples(first, last))
-            yield tuple(column.to(device) for column in columns)
+            columns = tuple(column.to(device) for column in columns)
+            if transform is not None:
+                positions = torch.arange(first, last, device="cpu")
+                columns = _transformed(transform, columns, positions)
+            yield columns
 
     return generate()
+
+
+def _check_numbers(num_samples: int, **numbers: int | None) -> None:
+    if num_samples == 0:
+        raise ValueError("the dataset is empty; give at least one sample")
+    least = {"global_batch_size": 1, "seed": 0, "steps": 0}
+    for name, value in numbers.items():
+        if value is None:
+            continue
+        if not isinstance(value, Integral) or value < least[name]:
+            raise ValueError(
+                f"{name}={value!r} must be a whole number, at least {least[name]}; "
+                "where it is a quotient, divide with //"
+            )
+
+
+def _place(shard: Shard | None) -> tuple[int, int]:
+    """Return this rank and the number of ranks."""
+    if shard is None:
+        return 0, 1
+    if getattr(shard, "ndim", 1) != 1:
+        raise ValueError(
+            f"shard={shard} has several axes; pass the one that divides the batch, "
+            'such as mesh["dp"]'
+        )
+    return shard.get_local_rank(), shard.size()
 
 
 class _SampleOrder:
@@ -273,20 +285,39 @@ class _SampleOrder:
         return self.permutation
 
 
-def _fetch(data: Dataset[Any], samples: np.ndarray) -> tuple[Tensor, ...]:
+def _fetch(data: Dataset[Any], samples: np.ndarray) -> Columns:
     if isinstance(data, (TensorDataset, ByteWindows)):  # index all samples at once
         return tuple(data[torch.from_numpy(samples)])
     # An empty piece takes its columns, dtypes and shapes from sample 0.
     chosen = [data[i] for i in samples.tolist() or [0]]
     columns = default_collate(chosen)
-    is_row = isinstance(columns, (tuple, list))  # of a tensor it would iterate the rows
-    if not is_row or not all(isinstance(column, Tensor) for column in columns):
+    if not _are_columns(columns):
         raise TypeError(
             f"{type(data).__name__} has a {type(chosen[0]).__name__} for a sample, "
             "but batches needs tuples of tensors and numbers; let __getitem__ return "
             "(x, y), or (x,) for a single one"
         )
     return tuple(column[: len(samples)] for column in columns)
+
+
+def _transformed(transform: Transform, columns: Columns, positions: Tensor) -> Columns:
+    new = transform(columns, positions)
+    if not _are_columns(new):
+        raise TypeError(
+            f"the transform returned a {type(new).__name__}, but batches needs a tuple "
+            "of tensors; return (x, y), or (x,) for a single one"
+        )
+    if any(column.shape[:1] != positions.shape for column in new):
+        raise ValueError(
+            f"the transform made columns of shape {[tuple(c.shape) for c in new]} of "
+            f"{len(positions)} samples; keep the first dim"
+        )
+    return tuple(new)
+
+
+def _are_columns(columns: Any) -> bool:
+    is_row = isinstance(columns, (tuple, list))  # of a tensor it would iterate the rows
+    return is_row and all(isinstance(column, Tensor) for column in columns)
 
 
 def _stdlib_files(root: Path) -> list[str]:
@@ -308,8 +339,3 @@ def _stdlib_files(root: Path) -> list[str]:
 
 def _split_of(name: str) -> str:
     return "validation" if zlib.crc32(name.encode()) % 10 == 0 else "train"
-
-
-def _require_split(split: str, *choices: str) -> None:
-    if split not in choices:
-        raise ValueError(f"split={split!r} is unknown; choose {' or '.join(choices)}")

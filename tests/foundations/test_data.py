@@ -8,13 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.datasets import load_digits
 from torch.utils.data import Dataset, TensorDataset
 
+import labpkg as lab
 from labpkg.foundations.data import (
     ByteWindows,
     batches,
-    digits,
     file_text,
     stdlib_text,
 )
@@ -181,38 +180,19 @@ def test_tensors_arrive_on_the_default_device():
 def test_bad_batches_raise_at_the_call():
     with pytest.raises(ValueError, match="the dataset is empty"):
         batches(numbers(0), global_batch_size=1, seed=0)
-    with pytest.raises(ValueError, match="global_batch_size=0"):
-        batches(numbers(3), global_batch_size=0, seed=0)
-    with pytest.raises(ValueError, match="seed=-1"):
+    for bad in (0, -4, 64 / 3, "8"):
+        with pytest.raises(ValueError, match=r"global_batch_size=.* must be a whole"):
+            batches(numbers(3), global_batch_size=bad, seed=0)
+    with pytest.raises(ValueError, match="seed=-1 must be"):
         batches(numbers(3), global_batch_size=1, seed=-1)
+    with pytest.raises(ValueError, match=r"steps=2\.5 must be a whole number"):
+        batches(numbers(3), global_batch_size=1, seed=0, steps=2.5)
     with pytest.raises(ValueError, match="start_step=4 is not in the run of 3 steps"):
         batches(numbers(3), global_batch_size=1, seed=0, start_step=4)
 
 
-def test_digits_are_all_there_and_balanced():
-    train, test = digits("train"), digits("test")
-    assert (len(train), len(test)) == (1442, 355)
-    x, y = train.tensors
-    assert (x.dtype, x.shape, y.dtype) == (torch.float32, (1442, 64), torch.int64)
-    assert (x.min(), x.max()) == (0.0, 1.0)
-    both = torch.bincount(torch.cat([y, test.tensors[1]]))
-    share = torch.bincount(test.tensors[1]) / both
-    assert share.min() > 0.19
-    assert share.max() <= 0.2
-
-
-def test_digits_are_those_of_scikit_learn():
-    images, labels = load_digits(return_X_y=True)
-    ours = {
-        (*x.tolist(), y.item()) for split in ("train", "test") for x, y in digits(split)
-    }
-    theirs = {(*(x / 16), y) for x, y in zip(images, labels, strict=True)}
-    assert ours == theirs
-
-
-def test_data_stays_on_the_cpu():
+def test_windows_stay_on_the_cpu():
     with torch.device("meta"):
-        assert digits("test").tensors[0].device.type == "cpu"
         assert ByteWindows(b"abcdef", sequence_length=2)[1][0].device.type == "cpu"
 
 
@@ -239,6 +219,8 @@ def test_windows_fit_to_the_last_byte():
         ByteWindows(b"abcde", sequence_length=5)
     with pytest.raises(ValueError, match="sequence_length=0"):
         ByteWindows(b"abcde", sequence_length=0)
+    with pytest.raises(ValueError, match=r"text is a str, .* call text\.encode\(\)"):
+        ByteWindows("abcde", sequence_length=2)
 
 
 def test_stdlib_text_is_source_split_by_file():
@@ -277,14 +259,96 @@ def test_bad_files_raise(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read .*Is a directory"):
         file_text(tmp_path)
     (tmp_path / "empty").write_bytes(b"")
-    with pytest.raises(ValueError, match="empty', train part: 0 bytes are too short"):
-        file_text(tmp_path / "empty")
+    for split in ("train", "validation"):
+        with pytest.raises(
+            ValueError, match=f"empty', {split} part: the text is empty"
+        ):
+            file_text(tmp_path / "empty", split)
     (tmp_path / "short").write_bytes(b"x" * 1000)
     with pytest.raises(ValueError, match="short', validation part: 100 bytes"):
         file_text(tmp_path / "short", "validation")
 
 
-@pytest.mark.parametrize("load", [digits, stdlib_text])
-def test_an_unknown_split_raises(load):
+def test_an_unknown_split_raises():
     with pytest.raises(ValueError, match="split='dev' is unknown; choose train or"):
-        load("dev")
+        stdlib_text("dev")
+
+
+# ---- transforms --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("steps", [None, 4])
+def test_a_transform_sees_the_same_positions_on_any_number_of_ranks(num_ranks, steps):
+    # Samples are their own numbers: the order that positions count is visible.
+    options = {"global_batch_size": 4, "seed": 3, "steps": steps}
+    whole = concatenated(drawn(numbers(10), **options))
+
+    def with_positions(columns, positions):
+        assert positions.dtype == torch.int64
+        return (*columns, positions)
+
+    parts = [
+        batches(
+            numbers(10),
+            **options,
+            shard=Axis(rank, num_ranks),
+            transform=with_positions,
+        )
+        for rank in range(num_ranks)
+    ]
+    pairs = [
+        pair
+        for pieces in zip(*parts, strict=True)
+        for samples, positions in pieces
+        for pair in zip(samples.tolist(), positions.tolist(), strict=True)
+    ]
+    assert pairs == [(sample, i) for i, sample in enumerate(whole)]
+
+
+def test_a_resumed_run_transforms_alike():
+    options = {"global_batch_size": 4, "steps": 5, "seed": 3}
+    transform = lambda columns, positions: (columns[0] * 100 + positions,)
+    whole = drawn(numbers(10), **options, transform=transform)
+    rest = drawn(numbers(10), **options, start_step=3, transform=transform)
+    assert whole[3:] == rest
+
+
+def test_a_transform_works_on_the_default_device():
+    seen = []
+
+    def look(columns, positions):
+        seen.append((columns[0].device.type, positions.device.type))
+        return columns
+
+    with torch.device("meta"):
+        next(batches(numbers(8), global_batch_size=2, seed=0, transform=look))
+    assert seen == [("meta", "cpu")]
+
+
+@pytest.mark.parametrize(
+    ("transform", "error", "message"),
+    [
+        (lambda columns, _: columns[0], TypeError, r"a Tensor.* return \(x, y\)"),
+        (lambda columns, _: None, TypeError, "returned a NoneType"),
+        (lambda columns, _: (columns[0].tolist(),), TypeError, "tuple of tensors"),
+        (lambda columns, _: (columns[0][1:],), ValueError, r"\(1,\)\] of 2 samples"),
+        (lambda columns, _: (columns[0].sum(),), ValueError, "keep the first dim"),
+    ],
+)
+def test_a_transform_of_another_kind_is_refused(transform, error, message):
+    stream = batches(numbers(8), global_batch_size=2, seed=0, transform=transform)
+    with pytest.raises(error, match=message):
+        next(stream)
+
+
+def _whole_mesh():
+    mesh = lab.make_mesh(dp=2)
+    try:
+        batches(numbers(8), global_batch_size=2, seed=0, shard=mesh)
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_mesh_of_several_axes_is_refused(world2):
+    assert all("several axes" in message for message in world2.run(_whole_mesh))
