@@ -55,14 +55,25 @@ from labpkg.check.training_loop_run_exercises import (
     stage_speedup,
     whole_run,
 )
+from labpkg.check.transformer_exercises import (
+    attention,
+    attention_gradient,
+    causal_mask,
+    gpt_parameters,
+    merge_attention,
+    multi_head,
+)
 from labpkg.check.vocabulary_exercises import chunked_cross_entropy
 
 __all__ = [
     "CheckResult",
     "accumulated_gradient",
     "adamw_step",
+    "attention",
+    "attention_gradient",
     "binary_scores",
     "bucket_sizes",
+    "causal_mask",
     "chunked_cross_entropy",
     "clip_by_norm",
     "cross_entropy",
@@ -71,13 +82,16 @@ __all__ = [
     "end_of_step",
     "first_failure",
     "global_rank",
+    "gpt_parameters",
     "hang_suspect",
     "label_smoothing",
     "linear_schedule",
     "loss_weights",
     "mean_gradients",
+    "merge_attention",
     "merged_statistics",
     "momentum_step",
+    "multi_head",
     "new_enough",
     "rank_variables",
     "ranks_per_gpu",
