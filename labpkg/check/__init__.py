@@ -5,6 +5,11 @@ with a hint, and returns a `CheckResult` that is false on failure. It never rais
 wrong answer.
 """
 
+from labpkg.check.attention_exercises import (
+    attention,
+    attention_gradient,
+    merge_attention,
+)
 from labpkg.check.cross_entropy_exercises import (
     cross_entropy,
     cross_entropy_gradient,
@@ -56,11 +61,8 @@ from labpkg.check.training_loop_run_exercises import (
     whole_run,
 )
 from labpkg.check.transformer_exercises import (
-    attention,
-    attention_gradient,
     causal_mask,
     gpt_parameters,
-    merge_attention,
     multi_head,
 )
 from labpkg.check.vocabulary_exercises import chunked_cross_entropy
