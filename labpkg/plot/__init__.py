@@ -11,14 +11,18 @@ Chapters: all of them; first used in parallelism/data_parallel.
 """
 
 from labpkg.plot.appearance import COLORS, style
+from labpkg.plot.attention_maps import attention
 from labpkg.plot.curves import loss
 from labpkg.plot.landscapes import contours, spectrum
+from labpkg.plot.matrices import confusion
 from labpkg.plot.players import player
 from labpkg.plot.records import recorded
 from labpkg.plot.timelines import timeline
 
 __all__ = [
     "COLORS",
+    "attention",
+    "confusion",
     "contours",
     "loss",
     "player",
