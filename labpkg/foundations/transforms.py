@@ -128,7 +128,8 @@ def augment(x: Tensor, positions: Tensor, *, max_shift: int = 1, seed: int) -> T
             f"{H} x {W}, and seed={seed} at least 0; choose e.g. max_shift=1"
         )
     num_shifts = 2 * max_shift + 1
-    bits = torch.from_numpy(_hashed(positions.cpu().numpy(), seed)).to(x.device)
+    hashed = torch.from_numpy(_hashed(positions.cpu().numpy(), seed))
+    bits = hashed.to(x.device, non_blocking=True)  # (B,)
     down, right = bits % num_shifts, bits // num_shifts % num_shifts  # (B,)
     padded = nn.functional.pad(x, (max_shift,) * 4)  # (B, H + 2 s, W + 2 s)
     rows = torch.arange(H, device=x.device) + down[:, None]  # (B, H)
