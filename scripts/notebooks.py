@@ -143,7 +143,7 @@ def execute(path: Path, root: Path = ROOT) -> None:
         extra_arguments=["--log-level=ERROR"],
         timeout=300,
         kernel_name="python3",
-        store_widget_state=False,
+        store_widget_state=True,  # output widgets need it; `normalise` drops it
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
