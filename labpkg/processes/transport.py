@@ -1,8 +1,9 @@
 """How bytes move: for each collective the fastest exact way that the backend offers.
 
-NCCL's own kernels are used as they are. gloo's reduce-scatter is an all-reduce in
-disguise, so CPU ranks exchange slices directly, which sends half the bytes and adds
-them in rank order: the result is bitwise that of a sequential sum. Point-to-point calls
+NCCL's own kernels are used as they are. CPU ranks of one host use shared memory
+(`shared_memory`) from 1 KiB on. gloo's reduce-scatter is an all-reduce in disguise, so
+CPU ranks of several hosts exchange slices directly, which sends half the bytes. Both
+add in rank order: the result is bitwise that of a sequential sum. Point-to-point calls
 of gloo know no GPU tensors; they are staged through the CPU. At the debug level DETAIL
 torch compares the collectives of all ranks, but not messages: gloo's own run then.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
 from labpkg.planning.cost import wire_bytes
+from labpkg.processes.shared_memory import Channel, open_channel
 
 # Named *_single from torch 2.13 on, where the old names warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -38,6 +41,8 @@ _REDUCE_OPS = {
     "product": ReduceOp.PRODUCT,
 }
 REDUCTIONS = tuple(_REDUCE_OPS)
+_SMALLEST_SHARED_BYTES = 1024  # gloo is as fast below, and records what it does
+_channels: WeakKeyDictionary[ProcessGroup, Channel | None] = WeakKeyDictionary()
 
 
 class Work(Protocol):
@@ -106,10 +111,23 @@ def _exchanges(group: ProcessGroup, x: Tensor) -> bool:
     return not is_checked and not x.is_cuda and uses_gloo(group, x.device)
 
 
+def _shared(group: ProcessGroup, whole: Tensor) -> Channel | None:
+    """Return the shared memory for a collective on `whole`, opened at first use."""
+    is_small = whole.nbytes < _SMALLEST_SHARED_BYTES
+    if is_small or group.size() == 1 or not _exchanges(group, whole):
+        return None
+    if group not in _channels:
+        limit = group._get_backend(whole.device).options._timeout
+        _channels[group] = open_channel(group, limit.total_seconds())
+    return _channels[group]
+
+
 def all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Transfer:
     """Reduce `x` in place on all ranks; a ring sends 2 (n - 1) / n of its bytes."""
     n = group.size()
     sent = wire_bytes("all_reduce", x.nbytes, n)
+    if channel := _shared(group, x):
+        return Transfer(channel.all_reduce(x.view(-1), op), sent, is_exchange=True)
     if op == "mean" and not _averages(group, x.device):
         work = dist.all_reduce(x, group=group, async_op=True)
         return Transfer(_Then([_work(work)], lambda: x.div_(n)), sent)
@@ -152,6 +170,8 @@ def all_gather(out: Tensor, x: Tensor, group: ProcessGroup) -> Transfer:
     if not _exchanges(group, x):
         work = _all_gather(out, x, group=group, async_op=True)
         return Transfer(_work(work), sent)
+    if channel := _shared(group, out):
+        return Transfer(channel.all_gather(out.view(-1), x.view(-1)), sent, True)
     rank, parts = group.rank(), out.view(n, -1)
     parts[rank].copy_(x.view(-1))
     peers = [(rank + j) % n for j in range(1, n)]
@@ -176,6 +196,9 @@ def reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup, op: str) -> Tran
         transfer = all_reduce(whole, group, op)
         finish = lambda: out.copy_(whole.view(n, -1)[rank].view_as(out))
         return Transfer(_Then([transfer.work], finish), transfer.wire_bytes)
+    if channel := _shared(group, x):
+        task = channel.reduce_scatter(out.view(-1), x.view(-1), op)
+        return Transfer(task, wire_bytes("reduce_scatter", x.nbytes, n), True)
     if not _exchanges(group, x) or op not in ("sum", "mean"):
         base = ReduceOp.SUM if op == "mean" else _REDUCE_OPS[op]
         work = _reduce_scatter(out, x, op=base, group=group, async_op=True)

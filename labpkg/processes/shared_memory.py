@@ -1,0 +1,307 @@
+"""Collectives of CPU ranks on one host through shared memory, as NCCL does in a node.
+
+Each rank owns a buffer that its peers can read, and a socket to each peer. A phase is:
+write into the own buffer, tell every peer, hear from every peer, read. A reduce-scatter
+is one phase (write the slices of the others, add all versions of the own slice in rank
+order), an all-gather another, and an all-reduce is both, so each rank is read for
+2 (n - 1) / n of the bytes, as on a ring. The order of addition makes the result bitwise
+that of a sequential sum.
+
+# Note [two halves]
+Phases use the halves of the buffers in turn. Who has heard from a peer in phase k + 1
+knows that it has read all of phase k, so in phase k + 2 that half may be overwritten.
+
+Buffers are memory files without a name and sockets are abstract, so a killed rank
+leaves nothing behind. A socket that closes means that a peer is gone. Linux only.
+
+Chapter: processes/collectives. Reference: Thakur, Rabenseifner, Gropp 2005, IJHPCA
+19(1):49-66.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import secrets
+import socket
+import struct
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+_HALF_BYTES = 2 * 2**20  # small enough to stay in the cache; larger tensors in parts
+_ALIGNMENT = 64
+_LONGEST_MESSAGE = 256
+_COMBINE = {
+    "sum": torch.add,
+    "mean": torch.add,
+    "product": torch.mul,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
+
+
+class Task:
+    """A collective in flight: runs in the thread of its channel."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self._run = run
+        self._error: BaseException | None = None
+        self._ended = threading.Event()
+
+    def do(self, broken: BaseException | None) -> BaseException | None:
+        """Run, unless the channel is broken; return the error, if any."""
+        try:
+            if broken is not None:
+                raise RuntimeError("an earlier collective failed") from broken
+            self._run()
+        except BaseException as error:
+            self._error = error
+        self._ended.set()
+        return self._error
+
+    def wait(self) -> None:
+        """Return when the result may be read; raise what went wrong."""
+        self._ended.wait()
+        if self._error is not None:
+            raise self._error
+
+
+class Channel:
+    """Shared memory and sockets between the ranks of a group on one host.
+
+    Collectives run in a thread of the channel, in the order of their calls. Tensors are
+    flat and on the CPU; every rank passes the same shapes.
+
+    Args:
+        rank: This rank's place in the group.
+        peers: A connected socket for each other rank.
+        buffers: Each rank's buffer as bytes, in rank order.
+
+    Attributes:
+        tasks: What the thread will do; None ends it and gives up the sockets.
+    """
+
+    def __init__(
+        self, rank: int, peers: dict[int, socket.socket], buffers: list[Tensor]
+    ) -> None:
+        self.rank, self.size = rank, len(buffers)
+        self._peers, self._buffers = peers, buffers
+        self._stride = _HALF_BYTES // self.size // _ALIGNMENT * _ALIGNMENT
+        self._half = 0
+        self.tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def all_reduce(self, x: Tensor, op: str) -> Task:
+        """Reduce `x` in place on all ranks."""
+        call = f"all_reduce {op} of {x.numel()} {x.dtype}"
+        return self._submit(partial(self._all_reduce, x, op, call))
+
+    def reduce_scatter(self, out: Tensor, x: Tensor, op: str) -> Task:
+        """Reduce `x` (n k) over the ranks; write this rank's slice into `out` (k)."""
+        call = f"reduce_scatter {op} of {x.numel()} {x.dtype}"
+        return self._submit(partial(self._reduce_scatter, out, x, op, call))
+
+    def all_gather(self, out: Tensor, x: Tensor) -> Task:
+        """Write the `x` (k) of all ranks into `out` (n k), in rank order."""
+        call = f"all_gather of {out.numel()} {out.dtype}"
+        return self._submit(partial(self._all_gather, out, x, call))
+
+    def _submit(self, run: Callable[[], None]) -> Task:
+        task = Task(run)
+        self.tasks.put(task)
+        return task
+
+    def _work(self) -> None:
+        broken = None
+        with torch.inference_mode():  # so that tensors of both modes can be written
+            while (task := self.tasks.get()) is not None:
+                broken = task.do(broken) or broken
+                if broken is not None:  # peers must not wait for this rank
+                    self._hang_up()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        for peer in self._peers.values():
+            peer.close()
+
+    def _all_reduce(self, x: Tensor, op: str, call: str) -> None:
+        for part in x.split(self._stride // x.element_size() * self.size):
+            slices = part.tensor_split(self.size)
+            own = slices[self.rank]
+            versions = self._trade(slices, call)
+            self._half ^= 1  # the sum goes where the peers will read it
+            total = self._view(self.rank, 0, own)
+            self._combine(versions, op, total)
+            own.copy_(total)
+            self._meet(call)
+            for p in self._peers:
+                slices[p].copy_(self._view(p, 0, slices[p]))
+            self._half ^= 1
+
+    def _reduce_scatter(self, out: Tensor, x: Tensor, op: str, call: str) -> None:
+        step = self._stride // x.element_size()
+        columns = x.view(self.size, -1).split(step, dim=1)
+        for part, target in zip(columns, out.split(step), strict=True):
+            versions = self._trade(part.unbind(), call)
+            total = self._view(self.rank, self.rank, target)  # nobody reads this place
+            self._combine(versions, op, total)
+            target.copy_(total)
+            self._half ^= 1
+
+    def _all_gather(self, out: Tensor, x: Tensor, call: str) -> None:
+        step = _HALF_BYTES // x.element_size()
+        columns = out.view(self.size, -1).split(step, dim=1)
+        for part, mine in zip(columns, x.split(step), strict=True):
+            self._view(self.rank, 0, mine).copy_(mine)
+            self._meet(call)
+            part[self.rank].copy_(mine)
+            for p in self._peers:
+                part[p].copy_(self._view(p, 0, mine))
+            self._half ^= 1
+
+    def _trade(self, slices: Sequence[Tensor], call: str) -> list[Tensor]:
+        """Offer each peer its slice; return all versions of the own one, by rank."""
+        for p in self._peers:
+            self._view(self.rank, p, slices[p]).copy_(slices[p])
+        self._meet(call)
+        own = slices[self.rank]
+        return [
+            own if p == self.rank else self._view(p, self.rank, own)
+            for p in range(self.size)
+        ]
+
+    def _combine(self, versions: list[Tensor], op: str, total: Tensor) -> None:
+        combine = _COMBINE[op]
+        combine(versions[0], versions[1], out=total)
+        for version in versions[2:]:
+            combine(total, version, out=total)
+        if op == "mean":
+            total.div_(self.size)
+
+    def _view(self, rank: int, place: int, like: Tensor) -> Tensor:
+        """Return a place in the current half of a rank's buffer, as long as `like`."""
+        start = self._half * _HALF_BYTES + place * self._stride
+        return self._buffers[rank][start : start + like.nbytes].view(like.dtype)
+
+    def _meet(self, call: str) -> None:
+        """Tell every peer which call this is, then hear the same from every peer."""
+        said = call.encode()
+        for peer in self._peers.values():
+            peer.send(said)
+        for rank, peer in self._peers.items():
+            try:
+                heard = peer.recv(_LONGEST_MESSAGE)
+            except TimeoutError:
+                raise RuntimeError(
+                    f"rank {rank} did not join {call} within {peer.gettimeout():g} s"
+                ) from None
+            if not heard:
+                raise RuntimeError(f"Connection closed by peer: rank {rank} has left")
+            if heard != said:
+                raise RuntimeError(
+                    f"ranks of one axis called different collectives: {call} on rank "
+                    f"{self.rank}, {heard.decode()} on rank {rank}; all must make the "
+                    "same calls in the same order"
+                )
+
+
+def open_channel(group: ProcessGroup, timeout_s: float | None) -> Channel | None:
+    """Return a channel between the ranks of a group, which all call this at once.
+
+    Args:
+        group: More than one rank.
+        timeout_s: How long to wait for a peer.
+
+    Returns:
+        The channel, closed when the group is forgotten; on every rank None if the ranks
+        are on several hosts or if the system offers no such memory.
+    """
+    offers: list[tuple[str, str] | None] = [None] * group.size()
+    own = _Offer.make(group.size(), timeout_s)
+    dist.all_gather_object(offers, own and (own.host, own.address), group=group)
+    addresses = [offer[1] for offer in offers if offer is not None]
+    hosts = {offer and offer[0] for offer in offers}
+    if own is None or len(hosts) > 1:
+        return None
+    channel = own.accept(group.rank(), addresses)
+    # The group must not keep the memory: only the queue is held.
+    weakref.finalize(group, channel.tasks.put, None)
+    return channel
+
+
+class _Offer:
+    """This rank's buffer and the address at which it can be had."""
+
+    def __init__(self, file: int, listener: socket.socket, host: str) -> None:
+        self.file, self.listener, self.host = file, listener, host
+        self.address = listener.getsockname().decode()
+
+    @classmethod
+    def make(cls, size: int, timeout_s: float | None) -> _Offer | None:
+        if not sys.platform.startswith("linux"):
+            return None
+        try:
+            file = os.memfd_create("labpkg-shared")
+            os.ftruncate(file, 2 * _HALF_BYTES)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            listener.settimeout(timeout_s)
+            listener.bind(f"\0labpkg-{secrets.token_hex(16)}")
+            listener.listen(size)
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            network = os.stat(
+                "/proc/self/ns/net"
+            ).st_ino  # abstract names are per network
+        except OSError:
+            return None
+        return cls(file, listener, f"{boot} {network} {os.getuid()}")
+
+    def accept(self, rank: int, addresses: list[str]) -> Channel:
+        """Connect to the ranks below, accept those above, swap files with all."""
+        peers: dict[int, socket.socket] = {}
+        files = {rank: self.file}
+        for p in range(rank):
+            peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            peer.settimeout(self.listener.gettimeout())
+            peer.connect(addresses[p])
+            peers[p], files[p] = peer, self._swap(peer, rank)[1]
+        while len(files) < len(addresses):
+            peer = self.listener.accept()[0]
+            if _user_of(peer) != os.getuid():  # names of sockets are no secret
+                peer.close()
+                continue
+            peer.settimeout(self.listener.gettimeout())
+            p, file = self._swap(peer, rank)
+            peers[p], files[p] = peer, file
+        self.listener.close()
+        buffers = [_mapped(files[p]) for p in range(len(addresses))]
+        return Channel(rank, dict(sorted(peers.items())), buffers)
+
+    def _swap(self, peer: socket.socket, rank: int) -> tuple[int, int]:
+        socket.send_fds(peer, [str(rank).encode()], [self.file])
+        message, files, _, _ = socket.recv_fds(peer, _LONGEST_MESSAGE, 1)
+        if not files:
+            raise RuntimeError("Connection closed by peer: a rank left while joining")
+        return int(message), files[0]
+
+
+def _user_of(peer: socket.socket) -> int:
+    sizes = struct.Struct("iII")  # process, user, group
+    data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, sizes.size)
+    return sizes.unpack(data)[1]
+
+
+def _mapped(file: int) -> Tensor:
+    memory = mmap.mmap(file, 2 * _HALF_BYTES)
+    os.close(file)
+    return torch.frombuffer(memory, dtype=torch.uint8)
