@@ -51,7 +51,11 @@ _EXPORTS = {
     "all_to_all": "processes.collectives",
     "send": "processes.messages",
     "recv": "processes.messages",
+    "sendrecv": "processes.messages",
     "barrier": "processes.messages",
+    "ring_all_reduce": "processes.algorithms",
+    "tree_all_reduce": "processes.algorithms",
+    "recursive_doubling_all_reduce": "processes.algorithms",
     "all_gather_object": "processes.messages",
     "count_comms": "processes.traffic",
     "DataParallel": "parallelism.data_parallel",
@@ -106,6 +110,11 @@ if TYPE_CHECKING:
     from labpkg.planning.cost import data_parallel_bytes as data_parallel_bytes
     from labpkg.planning.cost import wire_bytes as wire_bytes
     from labpkg.planning.shapes import ModelShape as ModelShape
+    from labpkg.processes.algorithms import (
+        recursive_doubling_all_reduce as recursive_doubling_all_reduce,
+    )
+    from labpkg.processes.algorithms import ring_all_reduce as ring_all_reduce
+    from labpkg.processes.algorithms import tree_all_reduce as tree_all_reduce
     from labpkg.processes.collectives import all_gather as all_gather
     from labpkg.processes.collectives import all_reduce as all_reduce
     from labpkg.processes.collectives import all_to_all as all_to_all
@@ -117,6 +126,7 @@ if TYPE_CHECKING:
     from labpkg.processes.messages import barrier as barrier
     from labpkg.processes.messages import recv as recv
     from labpkg.processes.messages import send as send
+    from labpkg.processes.messages import sendrecv as sendrecv
     from labpkg.processes.traffic import count_comms as count_comms
     from labpkg.processes.world import RankError as RankError
     from labpkg.processes.world import World as World

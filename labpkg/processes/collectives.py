@@ -139,6 +139,11 @@ class _Linear(torch.autograd.Function):
         return ctx.transpose(*grads), None, None
 
 
+def differentiable_sum(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply an all-reduce by sum, which is its own transpose; see Note [adjoint]."""
+    return _Linear.apply(x, run, run)
+
+
 def _all_reduce(x: Tensor, axis: Axis, op: str) -> Tensor:
     y = x.clone(memory_format=torch.contiguous_format)
     move = partial(transport.all_reduce, y, axis.group, op)

@@ -1,6 +1,6 @@
 """Messages between two ranks, and the control traffic of a job.
 
-`send` and `recv` move one tensor between two ranks of an axis; `barrier` waits for all;
+`send`, `recv` and `sendrecv` move a tensor between ranks of an axis; `barrier` waits;
 `all_gather_object` lets ranks agree on small Python values. All of it is counted and
 switchable like the collectives.
 
@@ -42,8 +42,7 @@ def send(x: Tensor, dst: int, mesh: DeviceMesh | None = None, *, tag: int = 0) -
     """
     axis = axis_of(mesh)
     _check_peer("dst", dst, axis)
-    if x.requires_grad:
-        raise ValueError("a send carries no gradient; pass x.detach()")
+    _check_no_grad(x)
     x = x.contiguous()
     move = partial(transport.send, x, axis.group, dst, tag)
     start("send", axis, x.nbytes, move).wait()
@@ -74,6 +73,45 @@ def recv(
     move = partial(transport.recv, out, axis.group, src, tag)
     start("recv", axis, 0, move, out.zero_).wait()
     return out
+
+
+def sendrecv(
+    x: Tensor, like: Tensor, *, dst: int, src: int, mesh: DeviceMesh | None = None
+) -> Tensor:
+    """Send `x` to rank `dst` of the axis while receiving from rank `src`.
+
+    The receive is posted first, so rings and swaps of any length cannot deadlock.
+
+    Args:
+        x: The tensor to send.
+        like: A tensor of the shape, dtype and device that `src` sends.
+        dst: The receiving rank of the axis.
+        src: The sending rank of the axis; it may be `dst`.
+        mesh: The axis; None means all ranks.
+
+    Returns:
+        A new tensor, without gradient.
+
+    Raises:
+        ValueError: If `dst` or `src` is this rank or none of the axis, or if `x` needs
+            a gradient.
+
+    Communication: the bytes of `x`.
+    """
+    axis = axis_of(mesh)
+    _check_peer("dst", dst, axis)
+    _check_peer("src", src, axis)
+    _check_no_grad(x)
+    x = x.contiguous()
+    out = torch.empty_like(like, memory_format=torch.contiguous_format).detach()
+    move = partial(transport.sendrecv, x, out, axis.group, dst, src)
+    start("sendrecv", axis, x.nbytes, move, out.zero_).wait()
+    return out
+
+
+def _check_no_grad(x: Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("a message carries no gradient; pass x.detach()")
 
 
 def _check_peer(name: str, rank: int, axis: Axis) -> None:

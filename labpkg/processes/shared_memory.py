@@ -28,15 +28,13 @@ import socket
 import struct
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 _HALF_BYTES = 2 * 2**20  # small enough to stay in the cache; larger tensors in parts
 _ALIGNMENT = 64
@@ -216,28 +214,27 @@ class Channel:
                 )
 
 
-def open_channel(group: ProcessGroup, timeout_s: float | None) -> Channel | None:
+def open_channel(
+    rank: int, size: int, *, swap: Callable[[Any], list[Any]], timeout_s: float
+) -> Channel | None:
     """Return a channel between the ranks of a group, which all call this at once.
 
     Args:
-        group: More than one rank.
+        rank: This rank's place in the group.
+        size: Ranks in the group, at least two.
+        swap: Returns the small values of all ranks, in rank order.
         timeout_s: How long to wait for a peer.
 
     Returns:
-        The channel, closed when the group is forgotten; on every rank None if the ranks
-        are on several hosts or if the system offers no such memory.
+        The channel; on every rank None if the ranks are on several hosts or if the
+        system offers no such memory.
     """
-    offers: list[tuple[str, str] | None] = [None] * group.size()
-    own = _Offer.make(group.size(), timeout_s)
-    dist.all_gather_object(offers, own and (own.host, own.address), group=group)
-    addresses = [offer[1] for offer in offers if offer is not None]
+    own = _Offer.make(size, timeout_s)
+    offers = swap(own and (own.host, own.address))
     hosts = {offer and offer[0] for offer in offers}
     if own is None or len(hosts) > 1:
         return None
-    channel = own.accept(group.rank(), addresses)
-    # The group must not keep the memory: only the queue is held.
-    weakref.finalize(group, channel.tasks.put, None)
-    return channel
+    return own.accept(rank, [address for _, address in offers])
 
 
 class _Offer:
@@ -248,7 +245,7 @@ class _Offer:
         self.address = listener.getsockname().decode()
 
     @classmethod
-    def make(cls, size: int, timeout_s: float | None) -> _Offer | None:
+    def make(cls, size: int, timeout_s: float) -> _Offer | None:
         if not sys.platform.startswith("linux"):
             return None
         try:

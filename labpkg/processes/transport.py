@@ -16,9 +16,9 @@ JPDC 69(2).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,9 @@ _REDUCE_OPS = {
 }
 REDUCTIONS = tuple(_REDUCE_OPS)
 _SMALLEST_SHARED_BYTES = 1024  # gloo is as fast below, and records what it does
-_channels: WeakKeyDictionary[ProcessGroup, Channel | None] = WeakKeyDictionary()
+_channels: weakref.WeakKeyDictionary[ProcessGroup, Channel | None] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class Work(Protocol):
@@ -117,9 +119,22 @@ def _shared(group: ProcessGroup, whole: Tensor) -> Channel | None:
     if is_small or group.size() == 1 or not _exchanges(group, whole):
         return None
     if group not in _channels:
-        limit = group._get_backend(whole.device).options._timeout
-        _channels[group] = open_channel(group, limit.total_seconds())
+        channel = _channels[group] = _open_channel(group, whole.device)
+        if channel is not None:  # the group must not keep the memory: only the queue
+            weakref.finalize(group, channel.tasks.put, None)
     return _channels[group]
+
+
+def _open_channel(group: ProcessGroup, device: torch.device) -> Channel | None:
+    def swap(value: Any) -> list[Any]:
+        values: list[Any] = [None] * group.size()
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    limit = group._get_backend(device).options._timeout
+    return open_channel(
+        group.rank(), group.size(), swap=swap, timeout_s=limit.total_seconds()
+    )
 
 
 def all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Transfer:
@@ -247,6 +262,23 @@ def recv(out: Tensor, group: ProcessGroup, src: int, tag: int) -> Transfer:
     work = dist.irecv(host, group=group, group_src=src, tag=tag)
     finish = (lambda: out.copy_(host)) if staged else (lambda: None)
     return Transfer(_Then([_work(work)], finish), 0.0)
+
+
+def sendrecv(
+    x: Tensor, out: Tensor, group: ProcessGroup, dst: int, src: int
+) -> Transfer:
+    """Send `x` to rank `dst` of the group while `out` is filled by rank `src`."""
+    if not uses_gloo(group, x.device):  # NCCL: one kernel for both, or they block
+        ops = [
+            dist.P2POp(dist.isend, x, group=group, group_peer=dst),
+            dist.P2POp(dist.irecv, out, group=group, group_peer=src),
+        ]
+        works = [_work(work) for work in dist.batch_isend_irecv(ops)]
+        return Transfer(_Then(works, lambda: None), float(x.nbytes))
+    received = recv(out, group, src, 0)  # posted first: gloo's sends wait for it
+    sent = send(x, group, dst, 0)
+    both = _Then([received.work, sent.work], lambda: None)
+    return Transfer(both, sent.wire_bytes)
 
 
 def _exchange(
