@@ -76,13 +76,20 @@ def _check_dim(x: Tensor, dim: int, parts: int = 1) -> int:
 # In place, for engines: the caller waits. ------------------------------------------
 
 
-def all_reduce_(x: Tensor, mesh: DeviceMesh | None = None, *, op: str = "sum") -> Work:
+def all_reduce_(
+    x: Tensor,
+    mesh: DeviceMesh | None = None,
+    *,
+    op: str = "sum",
+    deterministic: bool = False,
+) -> Work:
     """Start reducing a contiguous `x` in place on all ranks; no gradient flows.
 
     Args:
         x: The tensor, of the same shape and dtype on every rank.
         mesh: The axis; None means all ranks.
         op: `sum`, `mean`, `max`, `min` or `product`.
+        deterministic: Combine in rank order; see `all_reduce`.
 
     Returns:
         The transfer in flight; call `.wait()` before reading `x`.
@@ -95,7 +102,7 @@ def all_reduce_(x: Tensor, mesh: DeviceMesh | None = None, *, op: str = "sum") -
     axis = axis_of(mesh)
     _check_op(op, x)
     _check_in_place(x)
-    move = partial(transport.all_reduce, x, axis.group, op)
+    move = partial(transport.all_reduce, x, axis.group, op, ordered=deterministic)
     return start("all_reduce", axis, x.nbytes, move)
 
 
@@ -144,9 +151,9 @@ def differentiable_sum(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     return _Linear.apply(x, run, run)
 
 
-def _all_reduce(x: Tensor, axis: Axis, op: str) -> Tensor:
+def _all_reduce(x: Tensor, axis: Axis, op: str, ordered: bool) -> Tensor:
     y = x.clone(memory_format=torch.contiguous_format)
-    move = partial(transport.all_reduce, y, axis.group, op)
+    move = partial(transport.all_reduce, y, axis.group, op, ordered=ordered)
     start("all_reduce", axis, y.nbytes, move).wait()
     return y
 
@@ -175,11 +182,15 @@ def _all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return out.movedim(0, dim)
 
 
-def _reduce_scatter(x: Tensor, axis: Axis, dim: int, op: str) -> Tensor:
+def _reduce_scatter(
+    x: Tensor, axis: Axis, dim: int, op: str, ordered: bool = False
+) -> Tensor:
     whole = x.movedim(dim, 0).contiguous()  # (K, ...)
     out = whole.new_empty((whole.shape[0] // axis.size, *whole.shape[1:]))  # (K/n, ...)
     flat, mine = whole.view(-1), out.view(-1)
-    move = partial(transport.reduce_scatter, mine, flat, axis.group, op)
+    move = partial(
+        transport.reduce_scatter, mine, flat, axis.group, op, ordered=ordered
+    )
     local = lambda: mine.copy_(flat.view(axis.size, -1)[axis.rank])
     start("reduce_scatter", axis, whole.nbytes, move, local).wait()
     return out.movedim(0, dim)
@@ -193,13 +204,24 @@ def _all_to_all(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return out.movedim(0, dim)
 
 
-def all_reduce(x: Tensor, mesh: DeviceMesh | None = None, *, op: str = "sum") -> Tensor:
+def all_reduce(
+    x: Tensor,
+    mesh: DeviceMesh | None = None,
+    *,
+    op: str = "sum",
+    deterministic: bool = False,
+) -> Tensor:
     """Return the reduction of `x` over the ranks of the axis, on every rank.
+
+    With `deterministic` the terms are combined in rank order, ((x0 + x1) + x2) + ...:
+    bitwise the result of one process that adds them one after the other, on every
+    backend. Shared memory does so anyway; rings do not.
 
     Args:
         x: A tensor of the same shape and dtype on every rank.
         mesh: The axis; None means all ranks.
         op: `sum` or `mean` (differentiable), `max`, `min` or `product`.
+        deterministic: Combine in rank order.
 
     Returns:
         A new tensor of the shape of `x`.
@@ -215,7 +237,7 @@ def all_reduce(x: Tensor, mesh: DeviceMesh | None = None, *, op: str = "sum") ->
     """
     axis = axis_of(mesh)
     _check_op(op, x)
-    run = lambda t: _all_reduce(t, axis, op)
+    run = lambda t: _all_reduce(t, axis, op, deterministic)
     if op in ("sum", "mean"):
         return _Linear.apply(x, run, run)
     _check_no_grad(op, x)
@@ -301,18 +323,24 @@ def all_gather(x: Tensor, mesh: DeviceMesh | None = None, *, dim: int = 0) -> Te
 
 
 def reduce_scatter(
-    x: Tensor, mesh: DeviceMesh | None = None, *, dim: int = 0, op: str = "sum"
+    x: Tensor,
+    mesh: DeviceMesh | None = None,
+    *,
+    dim: int = 0,
+    op: str = "sum",
+    deterministic: bool = False,
 ) -> Tensor:
     """Reduce `x` over the ranks and return this rank's slice along `dim`.
 
-    On gloo and the CPU the slices are added in rank order, so the result is bitwise
-    that of a sequential sum (not in a `World` with `check=True`).
+    With `deterministic` the slices are combined in rank order, as in `all_reduce`.
+    Ranks on the CPU add in this order anyway (not in a `World` with `check=True`).
 
     Args:
         x: A tensor of the same shape and dtype on every rank.
         mesh: The axis; None means all ranks.
         dim: The dim to cut.
         op: `sum` or `mean` (differentiable), `max`, `min` or `product`.
+        deterministic: Combine in rank order.
 
     Returns:
         A new tensor; `dim` is 1/n as long.
@@ -328,7 +356,7 @@ def reduce_scatter(
     _check_op(op, x)
     dim = _check_dim(x, dim, axis.size)
     scale = axis.size if op == "mean" else 1
-    forward = lambda t: _reduce_scatter(t, axis, dim, op)
+    forward = lambda t: _reduce_scatter(t, axis, dim, op, deterministic)
     if op in ("sum", "mean"):
         return _Linear.apply(x, forward, lambda g: _all_gather(g, axis, dim) / scale)
     _check_no_grad(op, x)

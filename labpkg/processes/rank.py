@@ -52,6 +52,7 @@ _LOST_PEER = re.compile(
 )
 _COMMUNICATING = (  # files whose outermost function says what a rank waits in
     "torch/distributed/distributed_c10d.py",
+    "labpkg/processes/algorithms.py",
     "labpkg/processes/messages.py",
     "labpkg/processes/collectives.py",
     "labpkg/processes/transport.py",

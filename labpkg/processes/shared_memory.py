@@ -48,6 +48,16 @@ _COMBINE = {
 }
 
 
+def combine_in_order(versions: Sequence[Tensor], op: str, total: Tensor) -> None:
+    """Reduce at least two versions from left to right into `total`, which is none."""
+    combine = _COMBINE[op]
+    combine(versions[0], versions[1], out=total)
+    for version in versions[2:]:
+        combine(total, version, out=total)
+    if op == "mean":
+        total.div_(len(versions))
+
+
 class Task:
     """A collective in flight: runs in the thread of its channel."""
 
@@ -140,7 +150,7 @@ class Channel:
             versions = self._trade(slices, call)
             self._half ^= 1  # the sum goes where the peers will read it
             total = self._view(self.rank, 0, own)
-            self._combine(versions, op, total)
+            combine_in_order(versions, op, total)
             own.copy_(total)
             self._meet(call)
             for p in self._peers:
@@ -153,7 +163,7 @@ class Channel:
         for part, target in zip(columns, out.split(step), strict=True):
             versions = self._trade(part.unbind(), call)
             total = self._view(self.rank, self.rank, target)  # nobody reads this place
-            self._combine(versions, op, total)
+            combine_in_order(versions, op, total)
             target.copy_(total)
             self._half ^= 1
 
@@ -178,14 +188,6 @@ class Channel:
             own if p == self.rank else self._view(p, self.rank, own)
             for p in range(self.size)
         ]
-
-    def _combine(self, versions: list[Tensor], op: str, total: Tensor) -> None:
-        combine = _COMBINE[op]
-        combine(versions[0], versions[1], out=total)
-        for version in versions[2:]:
-            combine(total, version, out=total)
-        if op == "mean":
-            total.div_(self.size)
 
     def _view(self, rank: int, place: int, like: Tensor) -> Tensor:
         """Return a place in the current half of a rank's buffer, as long as `like`."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
 from labpkg.planning.cost import wire_bytes
-from labpkg.processes.shared_memory import Channel, open_channel
+from labpkg.processes.shared_memory import Channel, combine_in_order, open_channel
 
 # Named *_single from torch 2.13 on, where the old names warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -137,17 +137,39 @@ def _open_channel(group: ProcessGroup, device: torch.device) -> Channel | None:
     )
 
 
-def all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Transfer:
-    """Reduce `x` in place on all ranks; a ring sends 2 (n - 1) / n of its bytes."""
+def all_reduce(
+    x: Tensor, group: ProcessGroup, op: str, *, ordered: bool = False
+) -> Transfer:
+    """Reduce `x` in place on all ranks; a ring sends 2 (n - 1) / n of its bytes.
+
+    With `ordered` the terms are combined in rank order, whatever the backend does.
+    """
     n = group.size()
     sent = wire_bytes("all_reduce", x.nbytes, n)
     if channel := _shared(group, x):
         return Transfer(channel.all_reduce(x.view(-1), op), sent, is_exchange=True)
+    if ordered and n > 1:
+        return _ordered_all_reduce(x, group, op)
     if op == "mean" and not _averages(group, x.device):
         work = dist.all_reduce(x, group=group, async_op=True)
         return Transfer(_Then([_work(work)], lambda: x.div_(n)), sent)
     work = dist.all_reduce(x, op=_REDUCE_OPS[op], group=group, async_op=True)
     return Transfer(_work(work), sent)
+
+
+def _ordered_all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Transfer:
+    n = group.size()
+    whole = x.new_zeros(-(-x.numel() // n) * n)  # a multiple of n elements
+    whole[: x.numel()] = x.view(-1)
+    part = whole.new_empty(whole.numel() // n)
+    scattered = reduce_scatter(part, whole, group, op, ordered=True)
+
+    def gather() -> None:
+        all_gather(whole, part, group).work.wait()
+        x.copy_(whole[: x.numel()].view_as(x))
+
+    sent = wire_bytes("all_reduce", whole.nbytes, n)
+    return Transfer(_Then([scattered.work], gather), sent, scattered.is_exchange)
 
 
 def reduce(x: Tensor, group: ProcessGroup, dst: int, op: str) -> Transfer:
@@ -196,43 +218,51 @@ def all_gather(out: Tensor, x: Tensor, group: ProcessGroup) -> Transfer:
     return Transfer(_Then(works, lambda: None), sent, is_exchange=True)
 
 
-def reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup, op: str) -> Transfer:
+def reduce_scatter(
+    out: Tensor, x: Tensor, group: ProcessGroup, op: str, *, ordered: bool = False
+) -> Transfer:
     """Reduce flat `x` over the ranks and write this rank's slice into `out`.
 
     gloo ranks on the CPU add the slices in rank order, whatever the arrival order,
-    unless torch checks collectives.
+    unless torch checks collectives; with `ordered` all do.
     """
     n, rank = group.size(), group.rank()
+    sent = wire_bytes("reduce_scatter", x.nbytes, n)
+    if channel := _shared(group, x):
+        task = channel.reduce_scatter(out.view(-1), x.view(-1), op)
+        return Transfer(task, sent, is_exchange=True)
+    if ordered and n > 1:
+        received = torch.empty_like(x)
+        work = all_to_all(received, x, group).work
+        rows = received.view(n, -1).unbind()
+        total = out.view(-1)
+        return Transfer(_Then([work], lambda: combine_in_order(rows, op, total)), sent)
     if not uses_gloo(group, x.device):
         work = _reduce_scatter(out, x, op=_REDUCE_OPS[op], group=group, async_op=True)
-        return Transfer(_work(work), wire_bytes("reduce_scatter", x.nbytes, n))
+        return Transfer(_work(work), sent)
     if x.is_cuda:
         whole = x.clone()
         transfer = all_reduce(whole, group, op)
         finish = lambda: out.copy_(whole.view(n, -1)[rank].view_as(out))
         return Transfer(_Then([transfer.work], finish), transfer.wire_bytes)
-    if channel := _shared(group, x):
-        task = channel.reduce_scatter(out.view(-1), x.view(-1), op)
-        return Transfer(task, wire_bytes("reduce_scatter", x.nbytes, n), True)
     if not _exchanges(group, x) or op not in ("sum", "mean"):
         base = ReduceOp.SUM if op == "mean" else _REDUCE_OPS[op]
         work = _reduce_scatter(out, x, op=base, group=group, async_op=True)
         finish = (lambda: out.div_(n)) if op == "mean" else (lambda: None)
-        sent = wire_bytes("all_reduce", x.nbytes, n)  # which gloo runs
-        return Transfer(_Then([_work(work)], finish), sent)
+        run = wire_bytes("all_reduce", x.nbytes, n)  # which is what gloo does
+        return Transfer(_Then([_work(work)], finish), run)
     parts = list(x.view(n, -1).unbind())
     mine = {p: parts[p] for p in range(n) if p != rank}
     theirs = {p: torch.empty_like(parts[p]) for p in mine}
     works = _exchange(mine, theirs, group)
 
     def add_in_rank_order() -> None:
-        ordered = [theirs.get(p, parts[rank]) for p in range(n)]
-        total = ordered[0].clone() if n == 1 else torch.add(ordered[0], ordered[1])
-        for part in ordered[2:]:
-            total.add_(part)
-        out.view(-1).copy_(total.div_(n) if op == "mean" else total)
+        versions = [theirs.get(p, parts[rank]) for p in range(n)]
+        total = torch.empty_like(parts[rank])  # `out` may be a part of x
+        if n > 1:
+            combine_in_order(versions, op, total)
+        out.view(-1).copy_(total if n > 1 else parts[0])
 
-    sent = wire_bytes("reduce_scatter", x.nbytes, n)
     return Transfer(_Then(works, add_in_rank_order), sent, is_exchange=True)
 
 

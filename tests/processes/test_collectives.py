@@ -274,3 +274,36 @@ def test_world_of_one_runs_the_same_lines():
     assert torch.equal(y, x)
     assert torch.equal(x.grad, torch.ones(4))
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("check", [False, True], ids=["plain", "checked"])
+@pytest.mark.parametrize("op", ["sum", "mean", "max", "product"])
+def test_deterministic_results_are_bitwise_those_of_one_process(check, op, world4):
+    combine = {"max": torch.maximum, "product": torch.mul}.get(op, torch.add)
+
+    def compare():
+        rank, n = dist.get_rank(), dist.get_world_size()
+        for numel in (1, 100, 103, 5001):  # by messages, and through shared memory
+            g = torch.Generator("cpu").manual_seed(numel)
+            every = torch.randn(n, numel, generator=g, device="cpu").unbind()
+            expected = every[0]
+            for version in every[1:]:
+                expected = combine(expected, version)
+            if op == "mean":
+                expected = expected / n
+            with lab.count_comms() as log:
+                total = lab.all_reduce(every[rank], op=op, deterministic=True)
+            assert torch.equal(total, expected)
+            padded = -(-numel // n) * n
+            assert log["world"].wire_bytes in (
+                lab.wire_bytes("all_reduce", 4 * size, n) for size in (numel, padded)
+            )
+            even = numel // n * n
+            own = lab.reduce_scatter(every[rank][:even], op=op, deterministic=True)
+            assert torch.equal(own, expected[:even].view(n, -1)[rank])
+
+    if check:
+        with lab.World(4, device="cpu", check=True) as world:
+            world.run(compare)
+    else:
+        world4.run(compare)
