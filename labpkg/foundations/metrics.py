@@ -250,7 +250,7 @@ class ConfusionMatrix:
         self._check_options(average, positive)
         if average == "micro":
             part, whole = part.sum(), whole.sum()
-        score = torch.where(whole > 0, part / whole.clamp(min=1), 0.0)
+        score = torch.where(whole > 0, part / whole, 0.0)
         if average == "macro":
             return score.mean()
         if average == "weighted":

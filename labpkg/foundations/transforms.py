@@ -130,10 +130,10 @@ def augment(x: Tensor, positions: Tensor, *, max_shift: int = 1, seed: int) -> T
     num_shifts = 2 * max_shift + 1
     hashed = torch.from_numpy(_hashed(positions.cpu().numpy(), seed))
     bits = hashed.to(x.device, non_blocking=True)  # (B,)
-    down, right = bits % num_shifts, bits // num_shifts % num_shifts  # (B,)
+    top, left = bits % num_shifts, bits // num_shifts % num_shifts  # of a window
     padded = nn.functional.pad(x, (max_shift,) * 4)  # (B, H + 2 s, W + 2 s)
-    rows = torch.arange(H, device=x.device) + down[:, None]  # (B, H)
-    columns = torch.arange(W, device=x.device) + right[:, None]  # (B, W)
+    rows = torch.arange(H, device=x.device) + top[:, None]  # (B, H)
+    columns = torch.arange(W, device=x.device) + left[:, None]  # (B, W)
     images = torch.arange(B, device=x.device)
     return padded[images[:, None, None], rows[:, :, None], columns[:, None, :]]
 
@@ -161,15 +161,9 @@ def _fit(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]
 
 
 def _hashed(positions: np.ndarray, seed: int) -> np.ndarray:
-    """Return 32 bits for each position: number `position` of SplitMix64's stream."""
-    key = _mixed(np.uint64(seed % 2**64) + np.zeros(1, dtype=np.uint64))
-    step = np.uint64(0x9E3779B97F4A7C15)
-    mixed = _mixed(key + (positions.astype(np.uint64) + np.uint64(1)) * step)
-    return (mixed >> np.uint64(32)).astype(np.int64)
-
-
-def _mixed(bits: np.ndarray) -> np.ndarray:
-    """Mix 64 bits so that each depends on all; arrays wrap around without a warning."""
+    """Return 32 bits per position: the numbers that SplitMix64 draws from the seed."""
+    count = positions.astype(np.uint64) + np.uint64(1)
+    bits = np.uint64(seed % 2**64) + count * np.uint64(0x9E3779B97F4A7C15)  # mod 2**64
     bits = (bits ^ bits >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ bits >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return bits ^ bits >> np.uint64(31)
+    return ((bits ^ bits >> np.uint64(31)) >> np.uint64(32)).astype(np.int64)
