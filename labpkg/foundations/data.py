@@ -141,8 +141,8 @@ def file_text(
         A dataset of (x, y) windows, on the CPU.
 
     Raises:
-        ValueError: for another split, or a file that is missing, unreadable, or too
-            short for one window.
+        ValueError: for another split, or a file that is missing, unreadable, empty, or
+            too short for one window.
     """
     require_split(split, "train", "validation")
     try:

@@ -153,7 +153,7 @@ def regression(
     broadcast to (N, N). The seed fixes x and the shape of the noise, whatever its size.
 
     Args:
-        num_samples: N.
+        num_samples: how many, N.
         weights: w, one number for each of the K features.
         noise: standard deviation of what x does not explain.
         seed: chooses the samples.
