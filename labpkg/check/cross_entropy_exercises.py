@@ -251,6 +251,12 @@ def _gradient(z: Tensor, t: Tensor) -> Tensor:
     return z.softmax(-1) - _one_hot(z, t)
 
 
+def _narrow_one_hot(z: Tensor, t: Tensor) -> Tensor:
+    """Return F.one_hot without the number of classes, where it broadcasts."""
+    narrow = F.one_hot(t)
+    return narrow if narrow.shape[-1] == 1 else _one_hot(z, t)
+
+
 def _diagonal_gradient(z: Tensor, t: Tensor) -> Tensor:
     """Return -(y/p) p (1 - p): the chain rule with the diagonal of the Jacobian."""
     z = z.double()
@@ -286,6 +292,10 @@ _GRADIENT = Exercise(
         "(y - p) (1 - p) is no gradient of this loss: the sign is wrong and the factor "
         "1 - p is too much (myth E9)": lambda z, t: (
             -_gradient(z, t) * (1 - z.double().softmax(-1)) / len(z)
+        ),
+        "F.one_hot(targets) is as wide as the largest target of this batch, and then "
+        "broadcasts; pass the number of classes, logits.shape[-1]": lambda z, t: (
+            (z.double().softmax(-1) - _narrow_one_hot(z, t)) / len(z)
         ),
         _OVERFLOW: lambda z, t: (_naive_softmax(z) - _one_hot(z, t)) / len(z),
     },
@@ -324,6 +334,10 @@ _LABEL_SMOOTHING = Exercise(
         "is spread; you swapped them": lambda z, t, e: _smoothed(z, t, 1 - e),
         "sum over the classes, but take the mean over the batch": lambda z, t, e: (
             _smoothed(z, t, e) * len(z)
+        ),
+        "the log of a probability that rounds to 0 is -inf; use log_softmax, or "
+        "log-sum-exp": lambda z, t, e: (
+            (1 - e) * F.cross_entropy(z, t) - e * z.softmax(-1).log().mean()
         ),
         _OVERFLOW: lambda z, t, e: F.cross_entropy(
             _naive_softmax(z).log(), t, label_smoothing=e

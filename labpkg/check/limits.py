@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class OversizedError(MemoryError):
-    """A tensor is larger than the exercise allows; `hint` says what to do instead."""
+class MemoryLimitError(MemoryError):
+    """More memory than the exercise allows; `hint` says what to do instead."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -26,7 +26,8 @@ class OversizedError(MemoryError):
 class SizeLimit(TorchFunctionMode):
     """While it is entered, a call of torch that returns too large a tensor raises.
 
-    What counts is the memory behind a tensor, so that views are free.
+    What counts is the memory behind a tensor, so that views are free. Autograd is
+    refused as well, for it keeps many small tensors until backward.
 
     Args:
         num_elements: the largest size that is allowed.
@@ -48,9 +49,14 @@ class SizeLimit(TorchFunctionMode):
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
                 continue
+            if tensor.requires_grad:
+                raise MemoryLimitError(
+                    "this needs autograd, which keeps what it meets until backward",
+                    self.hint,
+                )
             held = tensor.untyped_storage().nbytes() // tensor.element_size()
             if held > self.num_elements:
-                raise OversizedError(
+                raise MemoryLimitError(
                     f"this makes a tensor of {held} elements, shape "
                     f"{tuple(tensor.shape)}; this case allows {self.num_elements}",
                     self.hint,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from labpkg.check.limits import OversizedError
+from labpkg.check import limits
 
 _LARGEST_SHOWN = 24  # elements of a tensor in a report
 
@@ -173,12 +173,11 @@ class _Trial:
     def _crash(self, error: BaseException) -> _Failure:
         frames = error.__traceback__
         own = frames.tb_next if frames else None  # without our own call
-        depth = len(traceback.extract_tb(own))
-        if isinstance(error, OversizedError):
-            depth -= 1  # without the limit: the last line is the one that broke it
+        files = [frame.filename for frame in traceback.extract_tb(own)]
+        depth = files.index(limits.__file__) if limits.__file__ in files else None
         lines = traceback.format_exception(type(error), error, own, limit=depth)
         hint = f"the function is called as {self.exercise.call}"
-        if isinstance(error, OversizedError):
+        if isinstance(error, limits.MemoryLimitError):
             hint = error.hint
         elif own is not None:
             hint = f"the function raises {type(error).__name__}; " + hint

@@ -25,7 +25,7 @@ def chunked_cross_entropy(fn: Callable[..., Any]) -> CheckResult:
 
     The answer is the mean cross-entropy of the logits h W^T and its gradients with
     respect to h and W. No tensor may have more elements than the largest of h, W and a
-    piece (B, chunk) of the logits.
+    piece (B, chunk) of the logits; autograd, which would keep all pieces, is refused.
 
     Shape:
         h (B, D), W (V, D), targets (B,) int64 -> () and (B, D) and (V, D)
@@ -125,6 +125,7 @@ def _targets_in_every_piece(h: Tensor, W: Tensor, t: Tensor, chunk: int) -> Grad
 def _full_pieces_only(h: Tensor, W: Tensor, t: Tensor, chunk: int) -> Gradients:
     z, _, y = _parts(h, W, t)
     z[:, len(W) // chunk * chunk :] = -torch.inf
+    y[:, len(W) // chunk * chunk :] = 0
     return _answer(h, W, t, z.logsumexp(-1), (z.softmax(-1) - y) / len(h))
 
 

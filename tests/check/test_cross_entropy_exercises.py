@@ -178,6 +178,11 @@ WRONG = [
         lambda z, t: (one_hot(z, t) - softmax(z)) * (1 - softmax(z)) / len(z),
         "myth E9",
     ),
+    (
+        "cross_entropy_gradient",
+        lambda z, t: (F.softmax(z, -1) - F.one_hot(t)) / len(z),
+        "pass the number of classes",
+    ),
     ("cross_entropy_gradient", wrong_chain_rule, "(softmax(logits) - onehot"),
     ("cross_entropy_gradient", cross_entropy, "not a scalar"),
     ("label_smoothing", lambda z, t, e: z, "returns its argument"),
@@ -210,6 +215,13 @@ WRONG = [
         "forgot to divide by V",
     ),
     ("label_smoothing", lambda z, t, e: label_smoothing(z, t, 1 - e), "swapped"),
+    (
+        "label_smoothing",
+        lambda z, t, e: (
+            (1 - e) * cross_entropy(z, t) - e * torch.log(softmax(z)).mean()
+        ),
+        "rounds to 0 is -inf",
+    ),
     (
         "label_smoothing",
         lambda z, t, e: F.cross_entropy(naive_softmax(z).log(), t, label_smoothing=e),
