@@ -359,7 +359,8 @@ _MERGED_STATISTICS = Exercise(
     },
     hint=(
         "mean = sum of counts x means / N; variance = sum of counts x (variances + "
-        "(means - mean)^2) / N; leave out the ranks without rows; a difference of "
-        "squares loses the digits of a column far from 0"
+        "(means - mean)^2) / N; leave out the ranks without rows; far from 0 a "
+        "difference of squares loses all digits, and so does a share counts / N, which "
+        "is float32: take counts.double()"
     ),
 )

@@ -141,6 +141,13 @@ def with_nan(counts, means, variances):
     return mean, (c * (variances + (means - mean) ** 2)).sum(0)
 
 
+def in_single(counts, means, variances):
+    filled = counts > 0
+    c = counts[filled, None] / counts.sum()  # integers: float32
+    mean = (c * means[filled]).sum(0)
+    return mean, (c * (variances[filled] + (means[filled] - mean) ** 2)).sum(0)
+
+
 def of_squares(counts, means, variances):
     c = counts[counts > 0, None] / counts.sum()
     m, v = means[counts > 0], variances[counts > 0]
@@ -175,7 +182,8 @@ WRONG = [
     ("merged_statistics", lambda c, m, v: (m.mean(0), v.mean(0)), "treats every rank"),
     ("merged_statistics", without_between, "the means of the ranks differ too"),
     ("merged_statistics", with_nan, "0 x nan is nan"),
-    ("merged_statistics", of_squares, "a difference of squares"),
+    ("merged_statistics", in_single, "is float32"),
+    ("merged_statistics", of_squares, "difference of squares"),
     (
         "merged_statistics",
         change(merged_statistics, 1, lambda r: r[1].sqrt()),
