@@ -20,9 +20,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-NAMES = ("cross_entropy", "data_parallel", "launch", "optimizers", "train")
+NAMES = (
+    "collectives",
+    "cross_entropy",
+    "data_parallel",
+    "launch",
+    "optimizers",
+    "train",
+)
 
-_COLUMNS = ("variant", "wall_ratio", "cpu_ratio", "samples", "value", "unit")
+_COLUMNS = (
+    "variant",
+    "wall_ratio",
+    "cpu_ratio",
+    "samples",
+    "value",
+    "unit",
+    "bus_gb_per_s",  # collectives only
+)
 
 
 class Report(dict[str, Any]):
@@ -34,8 +49,9 @@ class Report(dict[str, Any]):
         lines = [f"{self['name']} on {machine}"]
         for config in dict.fromkeys(row["config"] for row in self["rows"]):
             rows = [row for row in self["rows"] if row["config"] == config]
-            cells = [[_cell(row[column]) for column in _COLUMNS] for row in rows]
-            lines += ["", config, *_aligned([list(_COLUMNS), *cells])]
+            columns = [name for name in _COLUMNS if name in rows[0]]
+            cells = [[_cell(row[column]) for column in columns] for row in rows]
+            lines += ["", config, *_aligned([columns, *cells])]
         return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ Chapters: all of them; first used in parallelism/data_parallel.
 
 from labpkg.plot.appearance import COLORS, style
 from labpkg.plot.attention_maps import attention
+from labpkg.plot.bandwidths import bandwidth
 from labpkg.plot.curves import loss
 from labpkg.plot.landscapes import contours, spectrum
 from labpkg.plot.matrices import confusion
@@ -22,6 +23,7 @@ from labpkg.plot.timelines import timeline
 __all__ = [
     "COLORS",
     "attention",
+    "bandwidth",
     "confusion",
     "contours",
     "loss",

@@ -125,6 +125,14 @@ def _shared(group: ProcessGroup, whole: Tensor) -> Channel | None:
     return _channels[group]
 
 
+def use_messages(group: ProcessGroup) -> None:
+    """Keep a group from shared memory, as if its ranks were on several hosts.
+
+    Every rank of the group calls it before the first collective.
+    """
+    _channels[group] = None
+
+
 def _open_channel(group: ProcessGroup, device: torch.device) -> Channel | None:
     def swap(value: Any) -> list[Any]:
         values: list[Any] = [None] * group.size()

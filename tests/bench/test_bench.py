@@ -6,7 +6,7 @@ import pytest
 
 import labpkg as lab
 from labpkg import bench
-from labpkg.bench import cross_entropy, data_parallel, optimizers, train
+from labpkg.bench import collectives, cross_entropy, data_parallel, optimizers, train
 
 ROW = {"config", "variant", "wall_ratio", "cpu_ratio", "samples", "value", "unit"}
 
@@ -93,3 +93,26 @@ def test_a_report_is_a_record_that_can_be_drawn(monkeypatch, tmp_path):
     ax = lab.plot.recorded("train", folder=tmp_path)
     assert report["command"] in ax.get_title(loc="left")
     plt.close("all")
+
+
+def test_collectives_say_their_bus_bandwidth(monkeypatch):
+    rows = collectives.rows(quick=True)
+    assert {row["collective"] for row in rows} == set(collectives.COLLECTIVES)
+    for row in rows:
+        sent = lab.wire_bytes(row["collective"], row["num_bytes"], 2)
+        assert row["bus_gb_per_s"] * row["value"] * 1e6 == pytest.approx(sent)
+        assert ROW | {"collective", "num_bytes", "bus_gb_per_s"} == set(row)
+    variants = [row["variant"] for row in rows if row["collective"] == "all_gather"]
+    assert variants[:3] == [collectives.BASE, "labpkg", "labpkg:messages"]
+    monkeypatch.setattr(collectives, "rows", lambda *, quick: rows)
+    header = str(bench.run("collectives", quick=True)).splitlines()[3]
+    assert header.split()[-1] == "bus_gb_per_s"
+
+
+def test_a_collective_that_returns_something_else_is_no_result():
+    import torch
+
+    right = {collectives.BASE: torch.ones(3), "labpkg": torch.ones(3)}
+    collectives._check(right)
+    with pytest.raises(RuntimeError, match="labpkg:ring returns"):
+        collectives._check({**right, "labpkg:ring": torch.zeros(3)})

@@ -68,3 +68,17 @@ def test_checked_collectives_have_the_same_values_and_count_their_own_bytes(worl
         assert log["world", "reduce_scatter"].wire_bytes == sent
         gathered = wire_bytes("all_gather", 4 * N * N, N)
         assert log["world", "all_gather"].wire_bytes == gathered
+
+
+def test_a_group_can_be_kept_from_shared_memory(world2):
+    def apart():
+        mesh = lab.make_mesh(dp=2)["dp"]
+        transport.use_messages(mesh.get_group())
+        x = torch.arange(1000.0, device="cpu")
+        total, part = lab.all_reduce(x, mesh), lab.reduce_scatter(x, mesh)
+        assert torch.equal(lab.all_gather(part, mesh), total)
+        used = [channel is not None for channel in transport._channels.values()]
+        lab.all_reduce(x)  # of all ranks: another group
+        return total[1].item(), used, len(transport._channels)
+
+    assert world2.run(apart) == [(2.0, [False], 2)] * 2
