@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from labpkg.bench.measure import Sample, alternate, compare
 from labpkg.planning.cost import wire_bytes
@@ -37,7 +38,6 @@ from labpkg.processes.collectives import (
     all_reduce_,
     reduce_scatter,
 )
-from labpkg.processes.mesh import make_mesh
 from labpkg.processes.world import World
 
 BASE = "torch.distributed"
@@ -116,7 +116,8 @@ def _variants(collective: str) -> dict[str, Variant]:
     }[collective]
     variants: dict[str, Variant] = {BASE: peer, "labpkg": own}
     if torch.get_default_device().type == "cpu":
-        apart = make_mesh(dp=dist.get_world_size())["dp"]
+        # A mesh of all ranks would share their group, and the shared memory with it.
+        apart = DeviceMesh.from_group(dist.new_group(), "cpu")
         transport.use_messages(apart.get_group())
         variants["labpkg:messages"] = lambda x: own(x, apart)
     if collective == "all_reduce":
