@@ -117,8 +117,10 @@ def _variants(collective: str) -> dict[str, Variant]:
     variants: dict[str, Variant] = {BASE: peer, "labpkg": own}
     if torch.get_default_device().type == "cpu":
         # A mesh of all ranks would share their group, and the shared memory with it.
-        apart = DeviceMesh.from_group(dist.new_group(), "cpu")
-        transport.use_messages(apart.get_group())
+        group = dist.new_group()
+        assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+        apart = DeviceMesh.from_group(group, "cpu")
+        transport.use_messages(group)
         variants["labpkg:messages"] = lambda x: own(x, apart)
     if collective == "all_reduce":
         variants["labpkg:ring"] = ring_all_reduce
