@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,12 @@ def test_a_chapter_obeys_the_template(path, magics):
     assert violations(notebook, magics, page) == []
     text = path.read_text()
     assert notebooks.scrub(text, notebooks.machine_traces()) == text
+
+
+def test_pictures_are_not_scrubbed():
+    trace = [(re.compile(r"\bvm\b"), "host")]
+    picture = "data:image/png;base64," + "A/vm+" * 60
+    assert notebooks.scrub(f"on vm: {picture} vm", trace) == f"on host: {picture} host"
 
 
 def test_widgets_are_not_stored():
