@@ -46,7 +46,7 @@ def attention(
         image = ax.imshow(given, cmap="Blues", vmin=0)
         if tokens is not None:
             names = [str(token).translate(_VISIBLE) for token in tokens]
-            size = 9 if T <= 24 else 6
+            size = min(9, 200 / T)  # points; the map is at most 5 inches high
             ax.set_xticks(np.arange(T), names, fontsize=size)
             ax.set_yticks(np.arange(T), names, fontsize=size)
         ax.grid(visible=False)
