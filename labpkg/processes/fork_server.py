@@ -132,7 +132,8 @@ class ForkServer:
         Args:
             number: The number of the rank.
             fds: The descriptors that the rank gets: its socket, the pipe for its
-                output, the payload and, for one rank, the socket of the store.
+                output, the pipe that it lives with, the payload and, for one rank, the
+                socket of the store.
         """
         # A server that died leaves its mark on the socket of the rank: no pid comes.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError), self._lock:
@@ -180,13 +181,15 @@ def serve(sock_fd: int, kernel_pid: int) -> NoReturn:
     wake_end.setblocking(False)
     signal.set_wakeup_fd(wake_end.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    # Asks a rank for its stack; it must not kill one that has hardly started.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     while True:
         ready, _, _ = select.select([sock, wake], [], [])
         if wake in ready:
             wake.recv(4096)
             _bury(ranks)
         if sock in ready:
-            request, fds, _, _ = socket.recv_fds(sock, _REQUEST.size, 4)
+            request, fds, _, _ = socket.recv_fds(sock, _REQUEST.size, 5)
             if not request:
                 _end(ranks)
             (number,) = _REQUEST.unpack(request)

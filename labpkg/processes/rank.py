@@ -2,13 +2,14 @@
 
 A rank is forked for one run and killed after it. It never decides when the run is over:
 having reported, it waits, because a peer may still be inside a collective with it. A
-thread beside the function watches the socket to the kernel: it tells where the function
-is when asked, and ends the rank when the kernel is gone.
+thread beside the function watches the socket to the kernel and tells where the function
+is when asked. When the kernel is gone or gives the run up, the system itself kills the
+rank, even one that is stopped or never leaves an extension (see `_die_with`).
 
 The messages between kernel and rank are defined here too. Each is one byte with the
 descriptor of an anonymous memory file that holds pickles, so that no message is ever
 half read and a stopped rank cannot block the kernel: `v` value, `f` failure, `s` where
-the function is (the answer to `?`).
+the function is (the answer to `?`). `j` alone says that the rank has joined the group.
 
 Chapter: processes/ranks.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import importlib
 import json
 import mmap
@@ -24,6 +26,7 @@ import os
 import pickle
 import random
 import re
+import select
 import signal
 import socket
 import sys
@@ -177,6 +180,7 @@ def main(
     number: int,
     sock_fd: int,
     out_fd: int,
+    life_fd: int,
     payload_fd: int,
     listen_fd: int | None = None,
 ) -> NoReturn:
@@ -186,22 +190,38 @@ def main(
         number: The number of the rank.
         sock_fd: The socket to the kernel.
         out_fd: The pipe that takes what the rank prints.
+        life_fd: The pipe whose end is the end of the rank.
         payload_fd: A message with the `Job` and then the call.
         listen_fd: The listening socket of the store, for the rank that serves it.
     """
     os.setpgid(0, 0)
+    _die_with(life_fd)
     _redirect_output(out_fd)
     faulthandler.enable(file=2)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
     sock = socket.socket(fileno=sock_fd)
     arguments = (sock, threading.get_ident())
     threading.Thread(target=_listen, args=arguments, daemon=True).start()
-    kind, file = _report(lambda: _run(number, load(payload_fd), listen_fd))
+    kind, file = _report(lambda: _run(number, load(payload_fd), listen_fd, sock))
     sys.stdout.flush()
     sys.stderr.flush()
     send_message(sock, kind, file)
     while True:  # peers may still need this rank: the kernel kills all together
         signal.pause()
+
+
+def _die_with(life_fd: int) -> None:
+    """Let the system kill this process group when the other end of a pipe closes."""
+    if not hasattr(fcntl, "F_SETSIG"):  # macOS: `_listen` does it, if it can run
+        return
+    fcntl.fcntl(life_fd, fcntl.F_SETOWN, -os.getpid())
+    fcntl.fcntl(life_fd, fcntl.F_SETSIG, signal.SIGKILL)
+    flags = fcntl.fcntl(life_fd, fcntl.F_GETFL)
+    fcntl.fcntl(life_fd, fcntl.F_SETFL, flags | os.O_ASYNC)
+    ended = select.poll()
+    ended.register(life_fd, 0)
+    if ended.poll(0):  # before anybody watched it
+        os.killpg(0, signal.SIGKILL)
 
 
 def _redirect_output(out_fd: int) -> None:
@@ -240,10 +260,13 @@ def _report(run: Callable[[], IO[bytes]]) -> tuple[bytes, IO[bytes]]:
         return b"f", dump(failure)
 
 
-def _run(number: int, payload: Iterator[Any], listen_fd: int | None) -> IO[bytes]:
+def _run(
+    number: int, payload: Iterator[Any], listen_fd: int | None, sock: socket.socket
+) -> IO[bytes]:
     job: Job = next(payload)
     _enter(number, job)
     _join(number, job, listen_fd)
+    send_message(sock, b"j", None)
     function, args, kwargs = next(payload)
     _seed(job.seed)
     value = function(*args, **kwargs)

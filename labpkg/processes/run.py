@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from io import FileIO
 from typing import IO, Any
 
 import psutil
@@ -28,6 +29,7 @@ from labpkg.processes.fork_server import DEATH, PID, ForkServer, kill_group
 from labpkg.processes.rank import load, one_line, send_message
 
 _START_S = 120.0  # for the fork server to import everything
+_JOIN_S = 60.0  # for the ranks to form the group, unless the run may take longer
 _GRACE_S = 0.3  # for more failures after the first one
 _VICTIM_S = 1.5  # for the culprit to show after a lost connection
 _STACK_S = 0.8  # for a rank to say where it is
@@ -36,29 +38,35 @@ _END_S = 2.0  # for killed processes to be gone
 _TAIL_BYTES = 8000  # of output kept for the error of a rank that leaves no traceback
 
 
+def _pipe() -> tuple[FileIO, FileIO]:
+    """Return the ends for reading and for writing."""
+    source, target = os.pipe()
+    return FileIO(source, "rb"), FileIO(target, "wb")
+
+
 class _Rank:
     """The kernel's end of one rank."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.pid = 0  # until the fork server has told it
-        self.is_alive = True
+        self.is_alive, self.has_joined = True, False
         self.tail = b""
         self._line = b""
         self.sock, self.their_sock = socket.socketpair()
-        out, their_out = os.pipe()
-        os.set_blocking(out, False)
-        self.out = open(out, "rb", buffering=0)  # noqa: SIM115 - until `close`
-        self.their_out = open(their_out, "wb", buffering=0)  # noqa: SIM115
+        self.out, self.their_out = _pipe()
+        os.set_blocking(self.out.fileno(), False)
+        # Nothing is ever written here: the system kills the rank when it closes.
+        self.their_life, self._life = _pipe()
 
     def close_theirs(self) -> None:
-        self.their_sock.close()
-        self.their_out.close()
+        for file in (self.their_sock, self.their_out, self.their_life):
+            file.close()
 
     def close(self) -> None:
         self.close_theirs()
-        self.sock.close()
-        self.out.close()
+        for file in (self.sock, self.out, self._life):
+            file.close()
 
     def read_output(self) -> bytes | None:
         """Keep and return what the rank has printed; b"" at the end."""
@@ -122,9 +130,9 @@ class Run:
             self._selector.register(rank.out, selectors.EVENT_READ, rank)
 
     def start(self, payload: IO[bytes], store: socket.socket) -> None:
-        """Fork the ranks; the time limit of the run counts from the end of this."""
+        """Fork the ranks."""
         for rank in self._ranks:
-            files = [rank.their_sock, rank.their_out, payload]
+            files = [rank.their_sock, rank.their_out, rank.their_life, payload]
             files += [store] if rank.number == 0 else []
             self._server.fork(rank.number, [file.fileno() for file in files])
             rank.close_theirs()
@@ -136,8 +144,17 @@ class Run:
             raise RuntimeError(f"the fork server could not start the ranks:\n{log}")
 
     def collect(self, limit_s: float) -> list[Any]:
-        """Wait for every rank and return the values, or raise the diagnosis."""
-        self._pump(lambda: self._all_reported() or bool(self._failures), limit_s)
+        """Wait for every rank and return the values, or raise the diagnosis.
+
+        The limit counts from the moment when all ranks have joined the group, so that a
+        busy machine, or the start of NCCL, takes nothing from the function's time.
+        """
+        join_s = max(limit_s, _JOIN_S)
+        self._pump(lambda: self._all_joined() or bool(self._failures), join_s)
+        if self._all_joined():
+            self._pump(lambda: self._all_reported() or bool(self._failures), limit_s)
+        else:
+            limit_s = join_s
         if self._failures:  # the first error to arrive is not always the first failure
             self._pump(lambda: self._all_reported() or self._has_culprit(), _VICTIM_S)
             self._pump(self._all_reported, _GRACE_S)
@@ -155,7 +172,7 @@ class Run:
     def end(self) -> None:
         """Kill the ranks, print the rest of their output, and wait until they are gone.
 
-        A rank whose process id has not arrived ends by itself when its socket closes.
+        A rank whose process id has not arrived ends when its pipe closes.
         """
         for rank in self._ranks:
             if rank.pid and rank.is_alive:
@@ -167,6 +184,9 @@ class Run:
             self._drain(rank)
             rank.close()
         self._selector.close()
+
+    def _all_joined(self) -> bool:
+        return all(rank.has_joined for rank in self._ranks)
 
     def _all_reported(self) -> bool:
         return len(self._values) + len(self._failures) == len(self._ranks)
@@ -210,6 +230,8 @@ class Run:
                 )
             )
             self._failures.setdefault(rank.number, failure)
+        elif kind == b"j":
+            rank.has_joined = True
         elif kind != b"p":
             try:
                 content = next(load(fds[0]))

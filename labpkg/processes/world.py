@@ -27,6 +27,7 @@ import torch
 
 from labpkg.processes.diagnosis import RankError
 from labpkg.processes.fork_server import ForkServer
+from labpkg.processes.interrupts import Interrupts
 from labpkg.processes.mesh import Placement, choose_placement
 from labpkg.processes.rank import Job, dump
 from labpkg.processes.run import Run
@@ -120,8 +121,8 @@ class World:
             fn: The function. What it returns is pickled: tensors arrive on the CPU, a
                 small view without the storage behind it, parameters without `.grad`.
             *args: Its arguments, pickled once for all ranks.
-            timeout_s: Limit of the whole run in seconds; None waits for ever; by
-                default the World's.
+            timeout_s: Limit of the run in seconds, from the moment when all ranks have
+                joined the group; None waits for ever; by default the World's.
             show: The rank whose output appears here, live, with the prefix `[rank]`;
                 `"all"` or None.
             **kwargs: Its keyword arguments.
@@ -143,11 +144,12 @@ class World:
         limit_s = self._timeout_s if timeout_s is ... else _valid_timeout(timeout_s)
         with socket.create_server(("127.0.0.1", 0), backlog=self.world_size) as store:
             job = self._job(port=store.getsockname()[1])
-            with dump(job, (fn, args, kwargs)) as payload:
+            with dump(job, (fn, args, kwargs)) as payload, Interrupts() as interrupts:
                 run = Run(self.world_size, show, is_checked=self._check)
                 try:
-                    run.start(payload, store)
-                    return run.collect(limit_s)
+                    with interrupts.let_through():
+                        run.start(payload, store)
+                        return run.collect(limit_s)
                 finally:
                     run.end()
 
