@@ -17,6 +17,13 @@ _EXPORTS = {
     "data_parallel_bytes": "planning.cost",
     "wire_bytes": "planning.cost",
     "activation_bytes": "planning.cost",
+    "AlphaBeta": "planning.communication",
+    "Level": "planning.communication",
+    "all_reduce_time": "planning.communication",
+    "all_reduce_wire_bytes": "planning.communication",
+    "crossover_bytes": "planning.communication",
+    "hierarchical_all_reduce_time": "planning.communication",
+    "level_between": "planning.communication",
     "cross_entropy": "foundations.losses",
     "SGD": "foundations.optimizers",
     "AdamW": "foundations.optimizers",
@@ -106,6 +113,17 @@ if TYPE_CHECKING:
         average_gradients_bucketed as average_gradients_bucketed,
     )
     from labpkg.parallelism.data_parallel import mean_weight as mean_weight
+    from labpkg.planning.communication import AlphaBeta as AlphaBeta
+    from labpkg.planning.communication import Level as Level
+    from labpkg.planning.communication import all_reduce_time as all_reduce_time
+    from labpkg.planning.communication import (
+        all_reduce_wire_bytes as all_reduce_wire_bytes,
+    )
+    from labpkg.planning.communication import crossover_bytes as crossover_bytes
+    from labpkg.planning.communication import (
+        hierarchical_all_reduce_time as hierarchical_all_reduce_time,
+    )
+    from labpkg.planning.communication import level_between as level_between
     from labpkg.planning.cost import activation_bytes as activation_bytes
     from labpkg.planning.cost import data_parallel_bytes as data_parallel_bytes
     from labpkg.planning.cost import wire_bytes as wire_bytes
