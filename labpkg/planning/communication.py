@@ -110,7 +110,7 @@ class AlphaBeta:
             samples: Pairs (bytes, seconds), for example some that were not fitted.
 
         Returns:
-            The mean and the largest of |predicted / measured - 1|.
+            The mean and the largest absolute value of predicted / measured - 1.
 
         Raises:
             ValueError: As `fit`, except that one size is enough.
