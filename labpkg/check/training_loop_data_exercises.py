@@ -140,6 +140,15 @@ _STANDARDIZE = Exercise(
         "train": lambda a, b: (_scaled(a, b)[0], b),
         "train and test are swapped: the statistics come from train, and train is "
         "returned first": lambda a, b: _scaled(a, b, fit=b),
+        "the test part is scaled with its own mean and std; use those of train, over N "
+        "and not N - 1": lambda a, b: (
+            _scaled(a, b, correction=1)[0],
+            _scaled(b, b, correction=1)[1],
+        ),
+        "the test rows take part in the mean and the std, and that is over N - 1; fit "
+        "both on train alone, over N": lambda a, b: _scaled(
+            a, b, fit=torch.cat([a, b]), correction=1
+        ),
         "one mean and one std for the whole table; each column has its own: "
         "mean(0), std(0)": lambda a, b: (
             (a - a.mean()) / a.std(correction=0),

@@ -208,6 +208,8 @@ _EARLY_STOPPING = Exercise(
         "nan is no improvement: ask `loss < best`, not `loss >= best`": lambda v, n: (
             _stop(v, n, improves=lambda loss, best: not loss >= best)
         ),
+        "you look at all losses, which a run that stops does not see, and count epochs "
+        "from 0": lambda v, n: (_smallest(v) - 1, len(v)),
         "you look at all losses; a run that stops never sees the later "
         "ones": lambda v, n: (_smallest(v), len(v)),
     },
@@ -281,8 +283,10 @@ def _mean_loss(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> float:
     return torch.nn.functional.binary_cross_entropy_with_logits(z, y.to(z)).item()
 
 
-def _fitted(fit: Tensor, x: Tensor, x_val: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = fit.mean(0), fit.std(0, correction=0)
+def _fitted(
+    fit: Tensor, x: Tensor, x_val: Tensor, correction: int = 0
+) -> tuple[Tensor, Tensor]:
+    mean, std = fit.mean(0), fit.std(0, correction=correction)
     return (x - mean) / std, (x_val - mean) / std
 
 
@@ -323,6 +327,9 @@ _WHOLE_RUN = Exercise(
         "x": _Recipe(scale=lambda x, v: (_by_train(x, v)[0], _by_train(v, v)[1])),
         "the validation rows are not standardised; use the mean and std of x": _Recipe(
             scale=lambda x, v: (_by_train(x, v)[0], v)
+        ),
+        "the std is over N here, not over N - 1: x.std(0, correction=0)": _Recipe(
+            scale=lambda x, v: _fitted(x, x, v, correction=1)
         ),
         "the rows are not standardised": _Recipe(scale=lambda x, v: (x, v)),
         "the loss is a mean over the rows of x, so its gradient is too: divide by "
