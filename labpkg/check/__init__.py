@@ -5,10 +5,17 @@ with a hint, and returns a `CheckResult` that is false on failure. It never rais
 wrong answer.
 """
 
+from labpkg.check.all_reduce_exercises import halving_doubling, ring_all_reduce
 from labpkg.check.attention_exercises import (
     attention,
     attention_gradient,
     merge_attention,
+)
+from labpkg.check.collectives_exercises import (
+    broadcast_gradient,
+    exchange,
+    first_mismatch,
+    sent_bytes,
 )
 from labpkg.check.cross_entropy_exercises import (
     cross_entropy,
@@ -74,6 +81,7 @@ __all__ = [
     "attention",
     "attention_gradient",
     "binary_scores",
+    "broadcast_gradient",
     "bucket_sizes",
     "causal_mask",
     "chunked_cross_entropy",
@@ -82,9 +90,12 @@ __all__ = [
     "cross_entropy_gradient",
     "early_stopping",
     "end_of_step",
+    "exchange",
     "first_failure",
+    "first_mismatch",
     "global_rank",
     "gpt_parameters",
+    "halving_doubling",
     "hang_suspect",
     "label_smoothing",
     "linear_schedule",
@@ -97,7 +108,9 @@ __all__ = [
     "new_enough",
     "rank_variables",
     "ranks_per_gpu",
+    "ring_all_reduce",
     "ring_neighbours",
+    "sent_bytes",
     "shard_batch",
     "shard_bounds",
     "sharpness",
