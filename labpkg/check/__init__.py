@@ -32,12 +32,12 @@ from labpkg.check.data_parallel_exercises import (
     mean_gradients,
     shard_batch,
 )
+from labpkg.check.gradient_descent_adamw_exercises import adamw_step
 from labpkg.check.gradient_descent_curvature_exercises import (
     sharpness,
     stability_limit,
 )
 from labpkg.check.gradient_descent_step_exercises import (
-    adamw_step,
     clip_by_norm,
     linear_schedule,
     momentum_step,

@@ -71,7 +71,7 @@ _LIMIT = Exercise(
     arguments=("hessian",),
     reference=lambda h: 2 / torch.linalg.eigvalsh(h)[-1],
     cases=[
-        (_tensor([4.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]),),
+        (_tensor([5.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]),),
         (_tensor([2.0, 1.0], [1.0, 2.0]),),
         (_tensor([0.5]),),
         (_bowl(1.0, 10.0, 100.0),),
@@ -85,6 +85,9 @@ _LIMIT = Exercise(
         "diverge above twice as much": lambda h: 1 / torch.linalg.eigvalsh(h)[-1],
         "the steepest direction breaks first: take the largest eigenvalue, not the "
         "smallest": lambda h: 2 / torch.linalg.eigvalsh(h)[0],
+        "upside down: the more it curves, the smaller is the limit": lambda h: (
+            torch.linalg.eigvalsh(h)[-1] / 2
+        ),
         "this is the largest eigenvalue; the limit is 2 divided by it": lambda h: (
             torch.linalg.eigvalsh(h)[-1]
         ),
@@ -167,6 +170,11 @@ _SHARPNESS = Exercise(
         "vectors": lambda x, y, W: _of_one_class(x, W),
         "this is the smallest eigenvalue; take the largest": lambda x, y, W: (
             torch.linalg.eigvalsh(_hessian(x, W))[0]
+        ),
+        "this is the length of the gradient; the sharpness is a second derivative": (
+            lambda x, y, W: (
+                ((x @ W.T).softmax(-1) - F.one_hot(y, len(W))).T @ x / len(x)
+            ).norm()
         ),
         "the trace is the sum of all eigenvalues": lambda x, y, W: _hessian(
             x, W

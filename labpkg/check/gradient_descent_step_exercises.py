@@ -1,6 +1,6 @@
-"""Checkers of foundations/gradient_descent: one step of an optimizer, and its rate.
+"""Checkers of foundations/gradient_descent: momentum, schedules, clipping.
 
-Notation: w parameters, g gradient, v momentum or second moment, m first moment, t step.
+Notation: w parameters, g gradient, v momentum.
 """
 
 from __future__ import annotations
@@ -54,26 +54,6 @@ def clip_by_norm(fn: Callable[..., Any]) -> CheckResult:
         Pascanu, Mikolov, Bengio 2013, arXiv:1211.5063.
     """
     return _CLIP.check(fn)
-
-
-def adamw_step(fn: Callable[..., Any]) -> CheckResult:
-    """Check `adamw_step(w, m, v, g, t, lr, weight_decay)`: the new w, m and v.
-
-    The betas are 0.9 and 0.999, eps is 1e-8, and t is 1 in the first step.
-
-    Shape:
-        w, m, v, g (D,); t int; lr, weight_decay floats -> (D,), (D,), (D,)
-
-    Args:
-        fn: your function.
-
-    Returns:
-        A `CheckResult`, false with a hint when a case fails.
-
-    Reference:
-        Loshchilov and Hutter 2019, arXiv:1711.05101.
-    """
-    return _ADAMW.check(fn)
 
 
 def _tensor(*values: Any) -> Tensor:
@@ -133,6 +113,11 @@ _MOMENTUM = Exercise(
             w - (mu * v + lr * g),
             mu * v + lr * g,
         ),
+        "this v is a velocity, lr and sign included; here v holds gradients, as in "
+        "torch: v = mu v + g": lambda w, v, g, lr, mu: (
+            w + mu * v - lr * g,
+            mu * v - lr * g,
+        ),
         "the sign: w moves against v": lambda w, v, g, lr, mu: (
             w + lr * (mu * v + g),
             mu * v + g,
@@ -176,6 +161,13 @@ _SCHEDULE = Exercise(
         ),
         "steps count from 1, so the first rate is peak / warmup, not 0": (
             lambda step, peak, steps, warmup: _linear(step - 1, peak, steps, warmup)
+        ),
+        "step 1 already has a rate, peak / warmup: divide by warmup, not by warmup - "
+        "1": lambda step, peak, steps, warmup: peak * (step - 1) / max(warmup - 1, 1),
+        "the last step has the rate 0: steps - step, not steps - step + 1": (
+            lambda step, peak, steps, warmup: _linear(
+                step, peak, steps + (step > warmup), warmup
+            )
         ),
         "multiply by the peak": lambda step, peak, steps, warmup: _linear(
             step, 1.0, steps, warmup
@@ -243,131 +235,4 @@ _CLIP = Exercise(
         "norm = root of the sum of squares over all tensors; if it is above max_norm, "
         "multiply every tensor by max_norm / norm"
     ),
-)
-
-
-def _adamw(
-    w: Tensor,
-    m: Tensor,
-    v: Tensor,
-    g: Tensor,
-    t: int,
-    lr: float,
-    weight_decay: float,
-    *,
-    power: int = 2,
-    in_root: float = 0.0,
-    start: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    m = 0.9 * m + 0.1 * g
-    v = 0.999 * v + 0.001 * g**power
-    m_hat, v_hat = m / (1 - 0.9 ** (t + start)), v / (1 - 0.999 ** (t + start))
-    root = (v_hat + in_root).sqrt() + (0 if in_root else 1e-8)
-    return w * (1 - lr * weight_decay) - lr * m_hat / root, m, v
-
-
-def _uncorrected(
-    w: Tensor, m: Tensor, v: Tensor, g: Tensor, t: int, lr: float, weight_decay: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _adamw(w, m, v, g, 10**6, lr, weight_decay)
-
-
-def _corrected_state(
-    w: Tensor, m: Tensor, v: Tensor, g: Tensor, t: int, lr: float, weight_decay: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    w, m, v = _adamw(w, m, v, g, t, lr, weight_decay)
-    return w, m / (1 - 0.9**t), v / (1 - 0.999**t)
-
-
-_ADAMW = Exercise(
-    name="adamw_step",
-    arguments=("w", "m", "v", "g", "t", "lr", "weight_decay"),
-    reference=_adamw,
-    cases=[
-        (
-            _tensor(1.0, -2.0),
-            *_tensor([0.2, 0.1], [0.3, 0.2], [2.0, -0.5]),
-            3,
-            0.1,
-            0.2,
-        ),
-        (
-            _tensor(1.0, -2.0),
-            *_tensor([0.0, 0.0], [0.0, 0.0], [2.0, -0.5]),
-            1,
-            0.1,
-            0.2,
-        ),
-        (_tensor(3.0), _tensor(0.0), _tensor(0.0), _tensor(1e-4), 1, 0.1, 0.0),
-        (_tensor(3.0), _tensor(0.0), _tensor(0.0), _tensor(0.0), 1, 0.1, 0.5),
-        (_tensor(3.0), _tensor(0.0), _tensor(0.0), _tensor(-1e-8), 1, 0.1, 0.0),
-        (_tensor(1.0), _tensor(0.5), _tensor(0.25), _tensor(1.0), 1000, 0.5, 0.5),
-        (
-            _random(3),
-            _random(3, seed=1),
-            _random(3, seed=2) ** 2,
-            _random(3),
-            7,
-            1e-2,
-            0.1,
-        ),
-        (
-            _random(2, 2),
-            _random(2, 2),
-            _random(2, 2) ** 2,
-            _random(2, 2),
-            50,
-            1.0,
-            0.01,
-        ),
-        (_tensor(1.0), _tensor(1e3), _tensor(1e7), _tensor(-1e4), 9, 1e-3, 0.0),
-    ],
-    mistakes={
-        "both moments start at 0 and are too small at first: divide by 1 - beta^t": (
-            _uncorrected
-        ),
-        "t is 1 in the first step already: the powers are beta^t, not beta^(t + 1)": (
-            lambda *case: _adamw(*case, start=1)
-        ),
-        "t is 1 in the first step: the powers are beta^t, not beta^(t - 1)": (
-            lambda *case: _adamw(*case, start=-1)
-        ),
-        "keep m and v as they are; the corrected values are for this step only": (
-            _corrected_state
-        ),
-        "v is the running mean of the squared gradient": lambda *case: _adamw(
-            *case, power=1
-        ),
-        "eps is added to the root, not inside it: 1e-8 inside is 1e-4 outside": (
-            lambda *case: _adamw(*case, in_root=1e-8)
-        ),
-        "weight_decay has no effect: first shrink w by the factor 1 - lr "
-        "weight_decay": lambda w, m, v, g, t, lr, wd: _adamw(w, m, v, g, t, lr, 0.0),
-        "the decay is multiplied by lr: w shrinks by the factor 1 - lr weight_decay": (
-            lambda w, m, v, g, t, lr, wd: (
-                _adamw(w, m, v, g, t, lr, 0.0)[0] - wd * w,
-                *_adamw(w, m, v, g, t, lr, 0.0)[1:],
-            )
-        ),
-        "this is Adam with an L2 penalty: the decay must not enter g, where the root "
-        "divides it away": lambda w, m, v, g, t, lr, wd: _adamw(
-            w, m, v, g + wd * w, t, lr, 0.0
-        ),
-        "the old w decays: shrink it before the step, not after": (
-            lambda w, m, v, g, t, lr, wd: (
-                _adamw(w, m, v, g, t, lr, 0.0)[0] * (1 - lr * wd),
-                *_adamw(w, m, v, g, t, lr, 0.0)[1:],
-            )
-        ),
-        "the sign: w moves against m": lambda w, m, v, g, t, lr, wd: (
-            w * (1 - lr * wd) * 2 - _adamw(w, m, v, g, t, lr, wd)[0],
-            *_adamw(w, m, v, g, t, lr, wd)[1:],
-        ),
-        "return all three: the new w, m and v": lambda *case: _adamw(*case)[0],
-    },
-    hint=(
-        "m = 0.9 m + 0.1 g; v = 0.999 v + 0.001 g^2; w = (1 - lr weight_decay) w - lr "
-        "m' / (sqrt(v') + 1e-8) with m' = m / (1 - 0.9^t), v' = v / (1 - 0.999^t)"
-    ),
-    atol=1e-9,
 )

@@ -12,6 +12,7 @@ from tests.check.laws import ExerciseLaws
 MODULES = (
     "labpkg.check.gradient_descent_step_exercises",
     "labpkg.check.gradient_descent_curvature_exercises",
+    "labpkg.check.gradient_descent_adamw_exercises",
 )
 EXERCISES: dict[str, Any] = {
     name: checker
@@ -140,6 +141,12 @@ def no_correction(w, m, v, g, t, lr, wd):
     return w * (1 - lr * wd) - lr * m / (v.sqrt() + 1e-8), m, v
 
 
+def no_eps(w, m, v, g, t, lr, wd):
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    root = (v / (1 - 0.999**t)).sqrt()
+    return w * (1 - lr * wd) - lr * m / (1 - 0.9**t) / root, m, v
+
+
 def eps_inside(w, m, v, g, t, lr, wd):
     m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
     root = (v / (1 - 0.999**t) + 1e-8).sqrt()
@@ -174,6 +181,11 @@ WRONG = [
         lambda w, v, g, lr, mu: (w - mu * v - lr * g, mu * v + lr * g),
         "the learning rate enters when w moves",
     ),
+    (
+        "momentum_step",
+        lambda w, v, g, lr, mu: (w + mu * v - lr * g, mu * v - lr * g),
+        "this v is a velocity",
+    ),
     ("momentum_step", lambda w, v, g, lr, mu: w - lr * (mu * v + g), "return both"),
     ("linear_schedule", lambda s, p, n, k: s, "returns its argument"),
     ("linear_schedule", lambda s, p, n, k: p * (s - 1) / k if s < k else p, "count"),
@@ -183,6 +195,11 @@ WRONG = [
         "linear_schedule",
         lambda s, p, n, k: p * s / k if s <= k else p * (n - s) / n,
         "the fall starts at the peak",
+    ),
+    (
+        "linear_schedule",
+        lambda s, p, n, k: p * s / k if s <= k else p * (n - s + 1) / (n - k + 1),
+        "the last step has the rate 0",
     ),
     ("linear_schedule", lambda s, p, n, k: p, "step / warmup of the peak up to"),
     ("clip_by_norm", lambda gs, c: gs, "returns its argument"),
@@ -196,6 +213,7 @@ WRONG = [
     ("clip_by_norm", clip_in_place, "changes its argument gradients"),
     ("clip_by_norm", lambda gs, c: torch.cat(gs), "not a tensor"),
     ("adamw_step", lambda w, *rest: w, "returns its argument"),
+    ("adamw_step", no_eps, "0 / 0 = nan"),
     ("adamw_step", l2_adam, "Adam with an L2 penalty"),
     ("adamw_step", no_correction, "start at 0"),
     ("adamw_step", eps_inside, "added to the root"),
@@ -231,3 +249,7 @@ class TestStepLaws(ExerciseLaws):
 
 class TestCurvatureLaws(ExerciseLaws):
     exercises, wrong = of_module(1)
+
+
+class TestAdamwLaws(ExerciseLaws):
+    exercises, wrong = of_module(2)
