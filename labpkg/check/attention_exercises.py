@@ -130,7 +130,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _naive_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    powers = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).exp() * past(q.shape[-2])
+    powers = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).exp().tril()
     return powers / powers.sum(-1, keepdim=True) @ v
 
 
@@ -267,6 +267,8 @@ _MERGE_ATTENTION = Exercise(
         "the weights compare pieces, the first dim, not positions": (
             lambda o, s: (s.double().softmax(-1).unsqueeze(-1) * o).sum(0)
         ),
+        "one maximum for all queries is not enough: subtract the maximum over the "
+        "pieces from each query": lambda o, s: _naive_merged(o, s - s.max()),
         "exp overflows for large log-sums and is 0 for very negative ones; subtract "
         "the maximum over the pieces first": _naive_merged,
     },
@@ -285,6 +287,7 @@ def _backward(
     p: Tensor | None = None,
     scale: float | None = None,
     row_sums: float = 1.0,
+    keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients, or those of a wrong derivation."""
     q, k, v, grad = (each.double() for each in (q, k, v, grad))
@@ -292,7 +295,8 @@ def _backward(
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     dp = grad @ v.T
     ds = p * (dp - row_sums * (p * dp).sum(-1, keepdim=True))
-    return scale * ds @ k, scale * ds.T @ q, p.T @ grad
+    read = k if keys is None else keys.double()
+    return scale * ds @ read, scale * ds.T @ q, p.T @ grad
 
 
 def _untransposed(
@@ -300,6 +304,14 @@ def _untransposed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, _ = _backward(q, k, v, grad)
     return dq, dk, causal_weights(q, k) @ grad.double()
+
+
+def _untransposed_key(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, _, dv = _backward(q, k, v, grad)
+    wrong_dk, _, _ = _backward(q, k, v, grad, keys=q)
+    return dq, wrong_dk, dv
 
 
 def _head(T: int, H: int, scale: float = 1.0) -> tuple[Tensor, ...]:
@@ -338,6 +350,9 @@ _ATTENTION_GRADIENT = Exercise(
         ),
         "a value is read by several queries: dv = p^T grad, with the transpose": (
             _untransposed
+        ),
+        "a key is read by several queries: dk = ds^T q / sqrt(H), with the transpose": (
+            _untransposed_key
         ),
         "the first two are swapped: return dq, dk, dv": lambda *case: (
             *_backward(*case)[1::-1],

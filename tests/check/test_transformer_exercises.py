@@ -54,6 +54,10 @@ RIGHT = [
         "gpt_parameters",
         lambda L, D, F, V, T: D * (V + T + 1 + L * (4 * D + 2 * F + 2)),
     ),
+    (
+        "gpt_parameters",
+        lambda L, D, F, V, T: float(D * (V + T + 1 + L * (4 * D + 2 * F + 2))),
+    ),
     ("attention", attention),
     ("attention", sdpa),
     ("multi_head", multi_head),
@@ -137,6 +141,23 @@ def joined_wrongly(x, wq, wk, wv, wo, N):
     return sdpa(q, k, v).reshape(x.shape) @ wo.T
 
 
+def untransposed_heads(x, wq, wk, wv, wo, N):
+    q, k, v = ((x @ w.T).unflatten(-1, (N, -1)) for w in (wq, wk, wv))
+    return sdpa(q, k, v).flatten(1) @ wo.T
+
+
+def naive_attention(q, k, v):
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)
+    powers = scores.masked_fill(future, -torch.inf).exp()
+    return powers / powers.sum(-1, keepdim=True) @ v
+
+
+def one_maximum(outputs, log_sums):
+    weights = (log_sums - log_sums.max()).exp()[..., None]
+    return (weights * outputs).sum(0) / weights.sum(0)
+
+
 def diagonal_gradient(q, k, v, grad):
     T, H = q.shape
     mask = torch.ones(T, T, dtype=torch.bool).tril()
@@ -192,10 +213,12 @@ WRONG = [
     ("attention", mask_last, "add up to less than 1"),
     ("attention", mask_with_zero, "a score of 0 is no mask"),
     ("attention", over_queries, "runs over the queries"),
+    ("attention", naive_attention, "subtracts the maximum of each row"),
     ("attention", lambda q, k, v: attention(q, k, v)[0], "return a tensor of shape"),
     ("attention", lambda q, k, v: attention(q, k.T, v), "raises"),
     ("multi_head", lambda x, *rest: x, "returns its argument"),
     ("multi_head", viewed_heads, "mixes positions and heads"),
+    ("multi_head", untransposed_heads, "transpose to (N, T, H)"),
     ("multi_head", joined_wrongly, "joined in the wrong order"),
     (
         "multi_head",
@@ -230,6 +253,7 @@ WRONG = [
         lambda o, s: (s.exp()[..., None] * o).sum(0) / s.exp().sum(0)[..., None],
         "subtract the maximum over the pieces",
     ),
+    ("merge_attention", one_maximum, "one maximum for all queries"),
     ("attention_gradient", lambda q, k, v, grad: q, "returns its argument"),
     ("attention_gradient", diagonal_gradient, "ties the keys of a row together"),
     (
