@@ -17,6 +17,13 @@ from labpkg.check.collectives_exercises import (
     first_mismatch,
     sent_bytes,
 )
+from labpkg.check.communication_cost_exercises import (
+    doubling_rounds,
+    fit_alpha_beta,
+    num_pieces,
+    ring_pays_from,
+    ring_time,
+)
 from labpkg.check.cross_entropy_exercises import (
     cross_entropy,
     cross_entropy_gradient,
@@ -42,6 +49,7 @@ from labpkg.check.gradient_descent_step_exercises import (
     linear_schedule,
     momentum_step,
 )
+from labpkg.check.messages_exercises import finish_times
 from labpkg.check.ranks_exercises import (
     first_failure,
     global_rank,
@@ -88,11 +96,14 @@ __all__ = [
     "clip_by_norm",
     "cross_entropy",
     "cross_entropy_gradient",
+    "doubling_rounds",
     "early_stopping",
     "end_of_step",
     "exchange",
+    "finish_times",
     "first_failure",
     "first_mismatch",
+    "fit_alpha_beta",
     "global_rank",
     "gpt_parameters",
     "halving_doubling",
@@ -106,10 +117,13 @@ __all__ = [
     "momentum_step",
     "multi_head",
     "new_enough",
+    "num_pieces",
     "rank_variables",
     "ranks_per_gpu",
     "ring_all_reduce",
     "ring_neighbours",
+    "ring_pays_from",
+    "ring_time",
     "sent_bytes",
     "shard_batch",
     "shard_bounds",
