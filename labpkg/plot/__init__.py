@@ -15,6 +15,7 @@ from labpkg.plot.attention_maps import attention
 from labpkg.plot.bandwidths import bandwidth
 from labpkg.plot.curves import loss
 from labpkg.plot.landscapes import contours, spectrum
+from labpkg.plot.latencies import time_by_size
 from labpkg.plot.matrices import confusion
 from labpkg.plot.players import player
 from labpkg.plot.records import recorded
@@ -31,5 +32,6 @@ __all__ = [
     "recorded",
     "spectrum",
     "style",
+    "time_by_size",
     "timeline",
 ]
