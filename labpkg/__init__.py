@@ -40,8 +40,8 @@ _EXPORTS = {
     "mnist_5k": "foundations.tables",
     "spirals": "foundations.tables",
     "regression": "foundations.tables",
-    "stdlib_text": "foundations.data",
-    "file_text": "foundations.data",
+    "stdlib_text": "foundations.text",
+    "file_text": "foundations.text",
     "batches": "foundations.data",
     "Standardize": "foundations.transforms",
     "augment": "foundations.transforms",
@@ -85,8 +85,6 @@ if TYPE_CHECKING:
     from labpkg import plot as plot
     from labpkg.display import show as show
     from labpkg.foundations.data import batches as batches
-    from labpkg.foundations.data import file_text as file_text
-    from labpkg.foundations.data import stdlib_text as stdlib_text
     from labpkg.foundations.learning_rates import constant as constant
     from labpkg.foundations.learning_rates import inverse_sqrt as inverse_sqrt
     from labpkg.foundations.learning_rates import warmup_cosine as warmup_cosine
@@ -105,6 +103,8 @@ if TYPE_CHECKING:
     from labpkg.foundations.tables import mnist_5k as mnist_5k
     from labpkg.foundations.tables import regression as regression
     from labpkg.foundations.tables import spirals as spirals
+    from labpkg.foundations.text import file_text as file_text
+    from labpkg.foundations.text import stdlib_text as stdlib_text
     from labpkg.foundations.transforms import Standardize as Standardize
     from labpkg.foundations.transforms import augment as augment
     from labpkg.parallelism.data_parallel import DataParallel as DataParallel

@@ -1,21 +1,18 @@
-"""Data that is on every machine, and batches that do not depend on who reads them.
+"""Batches that do not depend on who reads them.
 
 Contract of `batches`: the batch of a step is a function of (seed, step), and the ranks
 of an axis cut it into contiguous pieces, so n ranks together see exactly the samples
 of one process, in the same order; a run resumes at any step without replaying one.
-Nothing is downloaded: the text is the source of the Python standard library, or yours.
+Worker processes may prepare batches ahead, which changes none of this.
 
 Chapters: foundations/training_loop, processes/data_loading.
 """
 
 from __future__ import annotations
 
-import os
-import sysconfig
-import zlib
+import multiprocessing
 from collections.abc import Callable, Iterator
-from numbers import Integral
-from pathlib import Path
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,16 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from labpkg.foundations.tables import require_split
+from labpkg.foundations.text import ByteWindows
+from labpkg.foundations.workers import map_ahead
 
 Columns = tuple[Tensor, ...]
 Transform = Callable[[Columns, Tensor], Columns]
-
-# Left out of the text: what installations of one Python version may lack or add.
-_OPTIONAL_FOLDERS = {
-    *("__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib"),
-    *("tkinter", "turtledemo", "ensurepip", "lib2to3", "distutils"),
-}
 
 
 class Shard(Protocol):
@@ -47,119 +39,6 @@ class Shard(Protocol):
         ...
 
 
-class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
-    """Text as windows of bytes, each with itself shifted by one as the target.
-
-    Window i is x = bytes[i T : (i + 1) T] and y = bytes[i T + 1 : (i + 1) T + 1]: no
-    byte is a target twice. The text is kept as one byte per token.
-
-    Args:
-        text: the bytes.
-        sequence_length: T.
-
-    Shape:
-        windows[i]: x (T,), y (T,); windows[indices (B,)]: x (B, T), y (B, T); int64
-
-    Raises:
-        ValueError: if the text is too short for one window or no bytes, or T < 1.
-    """
-
-    def __init__(self, text: bytes | bytearray, *, sequence_length: int) -> None:
-        if sequence_length < 1:
-            raise ValueError(
-                f"sequence_length={sequence_length} must be at least 1; choose e.g. 128"
-            )
-        if not isinstance(text, bytes | bytearray):
-            raise ValueError(
-                f"the text is a {type(text).__name__}, but windows are made of bytes; "
-                "call text.encode()"
-            )
-        if not text:
-            raise ValueError(
-                f"the text is empty; sequence_length={sequence_length} needs at least "
-                f"{sequence_length + 1} bytes"
-            )
-        if len(text) <= sequence_length:
-            raise ValueError(
-                f"{len(text)} bytes are too short for one window: sequence_length="
-                f"{sequence_length} needs {sequence_length + 1}; shorten the window"
-            )
-        self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        self.sequence_length = sequence_length
-
-    def __len__(self) -> int:
-        return (self.text.numel() - 1) // self.sequence_length
-
-    def __getitem__(self, index: int | Tensor) -> tuple[Tensor, Tensor]:
-        T = self.sequence_length
-        windows = self.text.unfold(0, T + 1, T)[index].long()  # (..., T + 1)
-        return windows[..., :-1].contiguous(), windows[..., 1:].contiguous()
-
-
-def stdlib_text(split: str = "train", *, sequence_length: int = 128) -> ByteWindows:
-    """Return the source of the Python standard library as byte windows.
-
-    About one file in ten, chosen by a hash of its path, belongs to the validation
-    part. Folders that installations of one version may lack or add (site-packages,
-    tests, idlelib, tkinter, distutils, ...) and generated build settings are left out,
-    so machines with the same Python version see the same text.
-
-    Args:
-        split: "train" or "validation".
-        sequence_length: T, bytes per window.
-
-    Returns:
-        A dataset of (x, y) windows, on the CPU.
-
-    Raises:
-        ValueError: for another split, or a Python without source files.
-    """
-    require_split(split, "train", "validation")
-    root = Path(sysconfig.get_paths()["stdlib"])
-    names = [name for name in _stdlib_files(root) if _split_of(name) == split]
-    if not names:
-        raise ValueError(
-            f"no Python source in {root}; use file_text(path) with a text of your own"
-        )
-    text = b"".join((root / name).read_bytes() for name in names)
-    return ByteWindows(text, sequence_length=sequence_length)
-
-
-def file_text(
-    path: str | os.PathLike[str], split: str = "train", *, sequence_length: int = 128
-) -> ByteWindows:
-    """Return a file of yours as byte windows.
-
-    The first nine tenths are for training, the rest is for validation.
-
-    Args:
-        path: any file; its bytes are the tokens.
-        split: "train" or "validation".
-        sequence_length: T, bytes per window.
-
-    Returns:
-        A dataset of (x, y) windows, on the CPU.
-
-    Raises:
-        ValueError: for another split, or a file that is missing, unreadable, empty, or
-            too short for one window.
-    """
-    require_split(split, "train", "validation")
-    try:
-        text = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {os.fspath(path)!r}: {error.strerror}; give the path of a "
-            "readable file"
-        ) from error
-    border = len(text) * 9 // 10
-    part = text[:border] if split == "train" else text[border:]
-    try:
-        return ByteWindows(part, sequence_length=sequence_length)
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)!r}, {split} part: {error}") from None
-
-
 def batches(
     data: Dataset[Any],
     *,
@@ -169,6 +48,9 @@ def batches(
     seed: int,
     start_step: int = 0,
     transform: Transform | None = None,
+    num_workers: int = 0,
+    prefetch: int | None = None,
+    worker_timeout_s: float | None = None,
 ) -> Iterator[Columns]:
     """Yield this rank's part of each global batch.
 
@@ -192,22 +74,48 @@ def batches(
             may be empty, and returns the columns to yield. Sample i of the part has the
             number positions[i] in the endless order, int64 and on the CPU. What is a
             function of (sample, position), such as `augment`, is then the same for any
-            number of ranks.
+            number of ranks and workers.
+        num_workers: processes that read and transform ahead of the step, for each rank;
+            0 does it when a batch is asked for. The batches are the same. A worker sees
+            columns on the CPU, without workers they are on torch's default device.
+        prefetch: batches that each worker holds ready; None is 2.
+        worker_timeout_s: limit of the wait for one batch from a worker; None is 30 s,
+            `math.inf` waits for ever.
 
     Returns:
         An iterator over the batches of steps `start_step` to `steps` - 1, as tensors
-        on torch's default device.
+        on torch's default device. To a GPU they are copied from pinned memory, so that
+        neither the caller nor the GPU waits. Workers start with the first batch and end
+        with the iterator.
 
     Raises:
         ValueError: at the call, for empty data, a number out of range or a mesh of
             several axes; instead of a batch, if a transform changes the number of
             samples.
         TypeError: instead of a batch, for samples or a transform of another kind.
+        TimeoutError: instead of a batch that does not come in time.
+        RuntimeError: instead of a batch, if a worker dies.
+
+    What the data or the transform raises arrives with a note that names the samples,
+    and from a worker with its traceback there as the cause.
     """
     num_samples = len(data)  # pyright: ignore[reportArgumentType]
     _check_numbers(
         num_samples, global_batch_size=global_batch_size, seed=seed, steps=steps
     )
+    run = _steps_of(num_samples, global_batch_size, start_step, steps)
+    limits = _worker_limits(num_workers, prefetch, worker_timeout_s)
+    end = num_samples if steps is None else run.stop * global_batch_size
+    parts = _parts(run, global_batch_size, end, *_place(shard))
+    read = _Reader(data, _SampleOrder(num_samples, seed), transform)
+    if not num_workers:
+        return (read(*part, torch.get_default_device()) for part in parts)
+    return _from_workers(read, parts, start_step=start_step, seed=seed, **limits)
+
+
+def _steps_of(
+    num_samples: int, global_batch_size: int, start_step: int, steps: int | None
+) -> range:
     one_epoch = -(-num_samples // global_batch_size)
     last_step = one_epoch if steps is None else steps
     if not 0 <= start_step <= last_step:
@@ -215,25 +123,32 @@ def batches(
             f"start_step={start_step} is not in the run of {last_step} steps; choose "
             f"0 to {last_step}, or more steps"
         )
-    rank, num_ranks = _place(shard)
+    return range(start_step, last_step)
 
-    def generate() -> Iterator[Columns]:
-        order = _SampleOrder(num_samples, seed)
-        for step in range(start_step, last_step):
-            start, size = step * global_batch_size, global_batch_size
-            if steps is None:
-                size = min(size, num_samples - start)
-            first = start + size * rank // num_ranks
-            last = start + size * (rank + 1) // num_ranks
-            device = torch.get_default_device()
-            columns = _fetch(data, order.samples(first, last))
-            columns = tuple(column.to(device) for column in columns)
-            if transform is not None:
-                positions = torch.arange(first, last, device="cpu")
-                columns = _transformed(transform, columns, positions)
-            yield columns
 
-    return generate()
+def _parts(
+    run: range, global_batch_size: int, end: int, rank: int, num_ranks: int
+) -> Iterator[tuple[int, int]]:
+    """Yield the positions, from first up to last, that a rank reads in each step."""
+    for step in run:
+        start = step * global_batch_size
+        size = min(global_batch_size, end - start)
+        yield start + size * rank // num_ranks, start + size * (rank + 1) // num_ranks
+
+
+def _from_workers(
+    read: _Reader, parts: Iterator[tuple[int, int]], *, start_step: int, **options: Any
+) -> Iterator[Columns]:
+    cpu = torch.device("cpu")
+    for columns in map_ahead(
+        read,
+        ((first, last, cpu) for first, last in parts),
+        describe=lambda number: f"the batch of step {start_step + number}",
+        own_files=(__file__,),
+        **options,
+    ):
+        device = torch.get_default_device()
+        yield tuple(_moved(column, device) for column in columns)
 
 
 def _check_numbers(num_samples: int, **numbers: int | None) -> None:
@@ -248,6 +163,41 @@ def _check_numbers(num_samples: int, **numbers: int | None) -> None:
                 f"{name}={value!r} must be a whole number, at least {least[name]}; "
                 "where it is a quotient, divide with //"
             )
+
+
+def _worker_limits(
+    num_workers: int, prefetch: int | None, timeout_s: float | None
+) -> dict[str, Any]:
+    if not isinstance(num_workers, Integral) or num_workers < 0:
+        raise ValueError(
+            f"num_workers={num_workers!r} must be a whole number, at least 0; choose "
+            "e.g. 2"
+        )
+    given = {"prefetch": prefetch, "worker_timeout_s": timeout_s}
+    if num_workers == 0:
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r} has no effect with num_workers=0; choose "
+                    f"workers, or leave {name} out"
+                )
+    elif "fork" not in multiprocessing.get_all_start_methods():
+        raise ValueError(
+            f"num_workers={num_workers} needs processes that can fork, which this "
+            "system has not; use num_workers=0"
+        )
+    prefetch = 2 if prefetch is None else prefetch
+    if not isinstance(prefetch, Integral) or prefetch < 1:
+        raise ValueError(
+            f"prefetch={prefetch!r} must be a whole number, at least 1; choose e.g. 2"
+        )
+    timeout_s = 30.0 if timeout_s is None else timeout_s
+    if not isinstance(timeout_s, Real) or not timeout_s > 0:
+        raise ValueError(
+            f"worker_timeout_s={timeout_s!r} must be a number of seconds above 0; "
+            "choose e.g. 30, or math.inf"
+        )
+    return {"num_workers": num_workers, "prefetch": prefetch, "timeout_s": timeout_s}
 
 
 def _place(shard: Shard | None) -> tuple[int, int]:
@@ -285,11 +235,44 @@ class _SampleOrder:
         return self.permutation
 
 
+class _Reader:
+    """Reads samples by their positions in the order, in whatever process calls it."""
+
+    def __init__(
+        self, data: Dataset[Any], order: _SampleOrder, transform: Transform | None
+    ) -> None:
+        self.data, self.order, self.transform = data, order, transform
+
+    def __call__(self, first: int, last: int, device: torch.device) -> Columns:
+        samples = self.order.samples(first, last)
+        columns = tuple(_moved(c, device) for c in _fetch(self.data, samples))
+        if self.transform is None:
+            return columns
+        positions = torch.arange(first, last, device="cpu")
+        try:
+            return _transformed(self.transform, columns, positions)
+        except Exception as error:
+            error.add_note(
+                f"in the transform of positions {first} up to {last}, which are the "
+                f"samples {samples.tolist()}"
+            )
+            raise
+
+
+def _moved(column: Tensor, device: torch.device) -> Tensor:
+    """Return a column on a device."""
+    if device.type != "cuda" or column.device.type != "cpu":
+        return column.to(device)
+    # From pinned memory the copy is queued: this returns at once, and the kernels that
+    # are queued before it still run.
+    return column.pin_memory().to(device, non_blocking=True)
+
+
 def _fetch(data: Dataset[Any], samples: np.ndarray) -> Columns:
     if isinstance(data, (TensorDataset, ByteWindows)):  # index all samples at once
         return tuple(data[torch.from_numpy(samples)])
     # An empty piece takes its columns, dtypes and shapes from sample 0.
-    chosen = [data[i] for i in samples.tolist() or [0]]
+    chosen = [_sample(data, i) for i in samples.tolist() or [0]]
     columns = default_collate(chosen)
     if not _are_columns(columns):
         raise TypeError(
@@ -298,6 +281,14 @@ def _fetch(data: Dataset[Any], samples: np.ndarray) -> Columns:
             "(x, y), or (x,) for a single one"
         )
     return tuple(column[: len(samples)] for column in columns)
+
+
+def _sample(data: Dataset[Any], index: int) -> Any:
+    try:
+        return data[index]
+    except Exception as error:
+        error.add_note(f"in sample {index} of the data")
+        raise
 
 
 def _transformed(transform: Transform, columns: Columns, positions: Tensor) -> Columns:
@@ -318,24 +309,3 @@ def _transformed(transform: Transform, columns: Columns, positions: Tensor) -> C
 def _are_columns(columns: Any) -> bool:
     is_row = isinstance(columns, (tuple, list))  # of a tensor it would iterate the rows
     return is_row and all(isinstance(column, Tensor) for column in columns)
-
-
-def _stdlib_files(root: Path) -> list[str]:
-    names = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if name not in _OPTIONAL_FOLDERS and not name.startswith("config-")
-        ]
-        names += [
-            (Path(folder) / name).relative_to(root).as_posix()
-            for name in files
-            if name.endswith(".py")
-            and not name.startswith(("_sysconfigdata", "sitecustomize"))
-        ]
-    return sorted(names)
-
-
-def _split_of(name: str) -> str:
-    return "validation" if zlib.crc32(name.encode()) % 10 == 0 else "train"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from labpkg.foundations.data import ByteWindows, file_text, stdlib_text
 from labpkg.foundations.models import GPT, MLP, GPTConfig
 from labpkg.foundations.tables import digits
+from labpkg.foundations.text import ByteWindows, file_text, stdlib_text
 from labpkg.runs.config import MODELS, TrainConfig
 
 _MAX_VALIDATION = 512  # samples: 65 kB of text tell the loss to about 0.03 nats
