@@ -4,8 +4,12 @@ When one rank of a job fails, the others fail too: they lose a connection, or wa
 ever. The first error by the clock is often a victim's. So every rank reports what
 happened to it (`Failure`) or where it is (`Where`), and `diagnose` names the earliest
 failure that is no lost connection. After a hang nobody has failed, and the blame is an
-inference: a stopped rank, else one outside collectives (one that has returned, if all
-others wait), else the one that has issued the fewest, because the others wait for it.
+inference: a stopped rank, else one whose calls differ from those of the others, else
+one outside collectives (one that has returned, if all others wait), else the one that
+has issued the fewest, because the others wait for it.
+
+Ranks must make the same calls in the same order. Where calls differ, who is in the
+minority is to blame, if there is one.
 
 Chapter: processes/ranks, runs/debugging.
 """
@@ -16,7 +20,7 @@ import linecache
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # What faulthandler says about a crash besides the frames of the function.
 _NOISE = re.compile(
@@ -24,6 +28,9 @@ _NOISE = re.compile(
     r"|Extension modules:).*\n?",
     re.MULTILINE,
 )
+
+# Calls that two ranks make differently.
+_MESSAGES = ("send", "recv", "sendrecv", "isend", "irecv")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,12 +42,16 @@ class Failure:
         summary: The error in one line.
         traceback: The traceback, or else what the rank printed last.
         is_victim: The rank lost a connection, so another rank must have failed first.
+        has_aborted: gloo ended the process, as it does when calls do not match.
+        call: What the rank called when it learned that others called something else.
     """
 
     time_s: float
     summary: str
     traceback: str = ""
     is_victim: bool = False
+    has_aborted: bool = False
+    call: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,12 +63,14 @@ class Where:
         collective: The collective or message that it waits in, or "".
         num_issued: Collectives that it has issued so far; None if it did not answer.
         is_stopped: The process is stopped by a signal or a debugger.
+        record: The latest collectives of torch: group and number in it -> which.
     """
 
     stack: str
     collective: str = ""
     num_issued: int | None = None
     is_stopped: bool = False
+    record: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.is_stopped:
@@ -104,63 +117,113 @@ def diagnose(
     Args:
         returned: The ranks that returned a value.
         failures: The ranks that failed.
-        where: The ranks that were still running.
+        where: Where the ranks are that live, also those that returned or failed.
         limit_s: The time limit of the run, in seconds.
     """
-    returned = list(returned)
+    returned = sorted(returned)
+    running = {r: where[r] for r in where if r not in {*returned, *failures}}
     others = dict.fromkeys(returned, "had returned")
-    others |= {rank: str(place) for rank, place in where.items()}
+    others |= {rank: str(place) for rank, place in running.items()}
     for rank, failure in failures.items():
         how = "lost a connection" if failure.is_victim else "failed too"
         others[rank] = f"{how}: {failure.summary}"
+    calls = _first_difference(where)
+    if not calls and not returned:
+        calls = _different_waits(running)
     if failures:
-        guilty = min(
-            failures, key=lambda r: (failures[r].is_victim, failures[r].time_s)
-        )
-        summary, text = failures[guilty].summary, failures[guilty].traceback
+        guilty, summary, text = _first_failure(failures, calls)
     else:
-        guilty, reason = _suspect(where, sorted(returned))
+        guilty, reason = _suspect(running, returned, calls)
         summary = (
             f"the run did not end within {limit_s:g} s; this rank is suspected (an "
             f"inference) because it {reason}"
         )
-        if _differ(where):
-            summary += "; ranks wait in calls that do not match: check=True names them"
+        if calls:
+            summary += f"; the calls do not match: {_listed(calls)}"
         text = "\n".join(
             f"Stack of rank {rank} ({place}):\n{place.stack}"
-            for rank, place in sorted(where.items())
+            for rank, place in sorted(running.items())
         )
     del others[guilty]
     return RankError(guilty, summary, with_source(text), others)
 
 
-def _suspect(where: dict[int, Where], returned: list[int]) -> tuple[int, str]:
+def _first_failure(
+    failures: dict[int, Failure], calls: dict[int, str]
+) -> tuple[int, str, str]:
+    """Return rank, summary and traceback."""
+    first = min(failures, key=lambda r: (failures[r].is_victim, failures[r].time_s))
+    if failures[first].call:  # the error says that calls differ, on every rank
+        said = {rank: it.call for rank, it in failures.items() if it.call}
+        odd = _minority(said)
+        first = first if odd is None else odd
+    failure = failures[first]
+    odd = _minority(calls) if failure.has_aborted else None
+    if odd is None:
+        return first, failure.summary, failure.traceback
+    summary = f"the calls do not match: {_listed(calls)}; rank {first} aborted on it"
+    return odd, summary, failure.traceback
+
+
+def _suspect(
+    where: dict[int, Where], returned: list[int], calls: dict[int, str]
+) -> tuple[int, str]:
+    """Return who is suspected after a hang, and why."""
+
     def innocence(rank: int) -> tuple[bool, bool, int, int]:
         place = where[rank]
         return not place.is_stopped, bool(place.collective), place.num_issued or 0, rank
 
     guilty = min(where, key=innocence)
-    all_wait = where[guilty].collective and not where[guilty].is_stopped
-    if all_wait and returned:
+    place = where[guilty]
+    if place.is_stopped:
+        return guilty, str(place)
+    odd = _minority(calls)
+    if odd is not None:
+        return odd, f"called {calls[odd]}"
+    if not place.collective:
+        return guilty, str(place)
+    if returned:
         return returned[0], "had returned while others wait"
-    return guilty, _reason(where[guilty])
+    return (
+        guilty,
+        f"has issued the fewest collectives ({place.num_issued}); it {place}",
+    )
 
 
-def _reason(place: Where) -> str:
-    if place.collective and not place.is_stopped:
-        return f"has issued the fewest collectives ({place.num_issued}); it {place}"
-    return str(place)
+def _first_difference(where: dict[int, Where]) -> dict[int, str]:
+    """Return what the ranks called at the first number of a group that differs."""
+    numbers = {number for place in where.values() for number in place.record}
+    for number in sorted(numbers, key=lambda it: (it[1], it[0])):
+        calls = {r: p.record[number] for r, p in where.items() if number in p.record}
+        if len(set(calls.values())) > 1:
+            return calls
+    return {}
 
 
-def _differ(where: dict[int, Where]) -> bool:
-    # "all_reduce [4] (number 2 in default_pg)": one number of a group is one call.
-    calls: dict[str, str] = {}
-    for place in where.values():
-        pending = place.collective.rpartition("; pending: ")[2]
-        call, _, number = pending.partition(" (")
-        if number and calls.setdefault(number, call) != call:
-            return True
-    return False
+def _different_waits(where: dict[int, Where]) -> dict[int, str]:
+    """Return the collectives in which ranks wait, if they are as far and differ."""
+    waits = {r: re.split("[ ;]", place.collective)[0] for r, place in where.items()}
+    are_level = len({place.num_issued for place in where.values()}) == 1
+    are_collectives = not {"", "a", *_MESSAGES} & set(waits.values())
+    return (
+        waits if are_level and are_collectives and len(set(waits.values())) > 1 else {}
+    )
+
+
+def _minority(calls: dict[int, str]) -> int | None:
+    """Return the lowest rank that differs from most of the others, if most agree."""
+    ranks: dict[str, list[int]] = {}
+    for rank in sorted(calls):
+        ranks.setdefault(calls[rank], []).append(rank)
+    *fewer, most = sorted(ranks.values(), key=len) or [[]]
+    if not fewer or len(fewer[-1]) == len(most):
+        return None
+    return min(set(calls) - set(most))
+
+
+def _listed(calls: dict[int, str]) -> str:
+    return ", ".join(f"{calls[rank]} on rank {rank}" for rank in sorted(calls))
 
 
 def with_source(text: str) -> str:

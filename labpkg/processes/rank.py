@@ -34,7 +34,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import IO, Any, NoReturn
@@ -46,6 +46,7 @@ import torch.distributed as dist
 
 from labpkg.processes import traffic
 from labpkg.processes.diagnosis import Failure, Where
+from labpkg.processes.shared_memory import MismatchError
 
 _FOREVER = timedelta(days=365)  # the kernel keeps the time: its diagnosis comes first
 _LOST_PEER = re.compile(
@@ -53,6 +54,12 @@ _LOST_PEER = re.compile(
     r"|remote process exited|socket (error|timeout)",
     re.IGNORECASE,
 )
+# What torch says at the debug level DETAIL: first about this rank, then about another.
+_DETAIL = re.compile(
+    r"Rank \d+ is running collective: (CollectiveFingerPrint\(.*?\)), but"
+)
+# Collectives whose input has the same shape on every rank.
+_SAME_SIZE = ("all_reduce", "broadcast", "reduce", "all_gather")
 _COMMUNICATING = (  # files whose outermost function says what a rank waits in
     "torch/distributed/distributed_c10d.py",
     "labpkg/processes/algorithms.py",
@@ -256,6 +263,7 @@ def _report(run: Callable[[], IO[bytes]]) -> tuple[bytes, IO[bytes]]:
             summary=one_line(error),
             traceback="".join(traceback.format_exception(_without_own_frames(error))),
             is_victim=_is_victim(error),
+            call=_mismatched_call(error),
         )
         return b"f", dump(failure)
 
@@ -340,6 +348,17 @@ def _is_victim(error: BaseException | None) -> bool:
     return False
 
 
+def _mismatched_call(error: BaseException | None) -> str:
+    """Return what this rank called, if the error says that others did not."""
+    while error is not None:
+        if isinstance(error, MismatchError):
+            return error.call
+        if found := _DETAIL.search(str(error)):  # of `check=True`
+            return found[1]
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 def _where(thread: int) -> Where:
     frames = traceback.extract_stack(sys._current_frames()[thread])
     own = [i for i, frame in enumerate(frames) if frame.filename == __file__]
@@ -352,17 +371,18 @@ def _where(thread: int) -> Where:
     name = names[0] if names else ""
     if name == "wait":  # the handle of a transfer that an engine started before
         name = "a transfer"
-    pending, num_recorded = _flight_record()
+    pending, num_recorded, record = _flight_record()
     is_other = name and pending and pending.split()[0] != name
     return Where(
         collective=f"{name}; pending: {pending}" if is_other else pending or name,
         num_issued=num_recorded + traffic.num_exchanges(),
         stack="".join(traceback.format_list(frames)),
+        record=record,
     )
 
 
-def _flight_record() -> tuple[str, int]:
-    """Return the pending collective with its sizes, and how many were issued.
+def _flight_record() -> tuple[str, int, dict[tuple[str, int], str]]:
+    """Return the pending collective, how many were issued, and the latest of them.
 
     torch's flight recorder knows asynchronous collectives too, but no messages of gloo.
     """
@@ -372,12 +392,21 @@ def _flight_record() -> tuple[str, int]:
         trace = c10d._dump_fr_trace_json(includeCollectives=True, onlyActive=False)
         entries = json.loads(trace)["entries"]
         num_issued = max((entry["record_id"] + 1 for entry in entries), default=0)
-        pending = [entry for entry in entries if not entry["retired"]]
-        if not pending:
-            return "", num_issued
-        name = pending[0]["profiling_name"].split(":")[-1]
-        sizes = [str(size) for size in pending[0]["input_sizes"]]
-        number, group = pending[0]["collective_seq_id"], pending[0]["process_group"][1]
-        call = " ".join([name, *sizes])
-        return f"{call} (number {number} in {group})", num_issued
-    return "", 0
+        pending = [_call(entry) for entry in entries if not entry["retired"]]
+        record = {
+            (entry["process_group"][0], entry["collective_seq_id"]): _call(
+                entry, sized=_SAME_SIZE
+            )
+            for entry in entries
+        }
+        return pending[0] if pending else "", num_issued, record
+    return "", 0, {}
+
+
+def _call(entry: dict[str, Any], sized: Collection[str] | None = None) -> str:
+    """Return an entry as `all_reduce [4] (number 2 in default_pg)`."""
+    name = entry["profiling_name"].split(":")[-1]
+    sizes = [str(size) for size in entry["input_sizes"]]
+    number, group = entry["collective_seq_id"], entry["process_group"][1]
+    call = " ".join([name, *sizes] if sized is None or name in sized else [name])
+    return f"{call} (number {number} in {group})"

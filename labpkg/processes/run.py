@@ -106,10 +106,13 @@ class _Rank:
         summary = f"the process ended with exit code {code}"
         if code < 0:
             summary = f"killed by {signal.Signals(-code).name}"
-        if code == -signal.SIGABRT and not is_checked:
+        has_aborted = code == -signal.SIGABRT and not is_checked
+        if has_aborted:
             summary += "; collectives that do not match abort: check=True names them"
         output = self.tail.decode(errors="replace")
-        return Failure(time_s=time_s, summary=summary, traceback=output)
+        return Failure(
+            time_s=time_s, summary=summary, traceback=output, has_aborted=has_aborted
+        )
 
 
 class Run:
@@ -242,20 +245,19 @@ class Run:
             kinds[kind][rank.number] = content
 
     def _locate(self) -> dict[int, Where]:
-        """Ask the ranks that have not reported where they are."""
+        """Ask the ranks that live where they are; who has reported can answer too."""
         for rank in self._ranks:
             self._drain(rank)
         self._show = None  # what follows is for the diagnosis
-        reported = {*self._values, *self._failures}
-        running = [it for it in self._ranks if it.number not in reported]
-        for rank in running:
+        living = [rank for rank in self._ranks if rank.is_alive]
+        for rank in living:
             if _is_stopped(rank.pid):
                 stack = "no stack: the process is stopped\n"
                 self._where[rank.number] = Where(stack=stack, is_stopped=True)
             else:
                 send_message(rank.sock, b"?", None)
-        self._pump(lambda: all(it.number in self._where for it in running), _STACK_S)
-        silent = [rank for rank in running if rank.number not in self._where]
+        self._pump(lambda: all(it.number in self._where for it in living), _STACK_S)
+        silent = [rank for rank in living if rank.number not in self._where]
         for rank in silent:  # some extension holds the GIL: a signal handler still runs
             rank.tail = b""
             with contextlib.suppress(ProcessLookupError):
@@ -265,11 +267,7 @@ class Run:
         for rank in silent:
             stack = rank.tail.decode(errors="replace") or "no stack: no answer\n"
             self._where[rank.number] = Where(stack=stack)
-        return {
-            rank.number: self._where[rank.number]
-            for rank in running
-            if rank.number not in self._failures  # meanwhile
-        }
+        return self._where
 
 
 def _is_stopped(pid: int) -> bool:

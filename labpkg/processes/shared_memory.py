@@ -20,6 +20,7 @@ Chapter: processes/collectives. Reference: Thakur, Rabenseifner, Gropp 2005, IJH
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import queue
@@ -56,6 +57,23 @@ def combine_in_order(versions: Sequence[Tensor], op: str, total: Tensor) -> None
         combine(total, version, out=total)
     if op == "mean":
         total.div_(len(versions))
+
+
+class MismatchError(RuntimeError):
+    """Ranks of one axis called different collectives.
+
+    Args:
+        calls: What each rank called.
+        call: What this rank called.
+    """
+
+    def __init__(self, calls: dict[int, str], call: str) -> None:
+        said = ", ".join(f"{calls[rank]} on rank {rank}" for rank in sorted(calls))
+        super().__init__(
+            f"ranks of one axis called different collectives: {said}; all must make "
+            "the same calls in the same order"
+        )
+        self.call = call
 
 
 class Task:
@@ -198,22 +216,26 @@ class Channel:
         """Tell every peer which call this is, then hear the same from every peer."""
         said = call.encode()
         for peer in self._peers.values():
-            peer.send(said)
-        for rank, peer in self._peers.items():
+            with contextlib.suppress(BrokenPipeError):  # what it said is still there
+                peer.send(said)
+        calls = {rank: self._hear(rank, call) for rank in self._peers}
+        if any(heard != call for heard in calls.values()):
+            raise MismatchError({self.rank: call, **calls}, call)
+
+    def _hear(self, rank: int, call: str) -> str:
+        peer = self._peers[rank]
+        try:
             try:
                 heard = peer.recv(_LONGEST_MESSAGE)
-            except TimeoutError:
-                raise RuntimeError(
-                    f"rank {rank} did not join {call} within {peer.gettimeout():g} s"
-                ) from None
-            if not heard:
-                raise RuntimeError(f"Connection closed by peer: rank {rank} has left")
-            if heard != said:
-                raise RuntimeError(
-                    f"ranks of one axis called different collectives: {call} on rank "
-                    f"{self.rank}, {heard.decode()} on rank {rank}; all must make the "
-                    "same calls in the same order"
-                )
+            except ConnectionResetError:  # it left without reading; its words come next
+                heard = peer.recv(_LONGEST_MESSAGE)
+        except TimeoutError:
+            raise RuntimeError(
+                f"rank {rank} did not join {call} within {peer.gettimeout():g} s"
+            ) from None
+        if not heard:
+            raise RuntimeError(f"Connection closed by peer: rank {rank} has left")
+        return heard.decode()
 
 
 def open_channel(

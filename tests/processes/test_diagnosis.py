@@ -62,20 +62,91 @@ def test_a_hang_suspects_stopped_then_outside_then_fewest():
     assert "Stack of rank 0 (waited in barrier" in error.traceback
 
 
+def at(call, number=1, group="0", **where):
+    """A rank that waits in a collective of torch, which its record shows."""
+    call = f"{call} (number {number} in x)"
+    where = {"stack": "", "num_issued": number, "collective": call} | where
+    return Where(record={(group, number): call}, **where)
+
+
+def test_after_a_hang_the_rank_whose_call_differs_is_suspected():
+    where = {0: at("all_reduce [2]"), 1: at("all_reduce [3]"), 2: at("all_reduce [2]")}
+    error = blame(where=where)
+    assert error.rank == 1
+    assert "because it called all_reduce [3] (number 1 in x); the calls" in str(error)
+    assert "all_reduce [2] (number 1 in x) on rank 0, all_reduce [3]" in str(error)
+    # also when gloo let some ranks through, or when the odd one has gone on
+    assert blame(returned=[0, 2], where=where).rank == 1
+    assert blame(where=where | {1: at("all_reduce [3]", collective="")}).rank == 1
+    # a stopped process needs no inference
+    stopped = Where(stack="", is_stopped=True)
+    assert blame(where=where | {3: stopped}).rank == 3
+
+
+def test_two_calls_that_differ_are_told_without_a_majority():
+    error = blame(where={0: at("all_reduce [2]"), 1: at("broadcast [2]", num_issued=0)})
+    assert error.rank == 1
+    assert "fewest collectives (0)" in str(error)
+    assert "do not match: all_reduce [2] (number 1 in x) on rank 0" in str(error)
+
+
+def test_calls_of_other_groups_or_numbers_are_not_compared():
+    same = {r: at("all_reduce [2]") for r in range(3)}
+    assert "match" not in str(blame(where=same))
+    assert "match" not in str(
+        blame(where=same | {3: at("barrier", group="1", num_issued=2)})
+    )
+    assert "match" not in str(blame(where=same | {3: at("barrier", number=2)}))
+
+
 @pytest.mark.parametrize(
-    ("calls", "differ"),
+    ("waits", "guilty"),
     [
-        (["all_reduce [3]", "all_reduce [2]"], True),
-        (["barrier; pending: all_reduce [1]", "all_reduce [2]"], True),
-        (["barrier; pending: all_reduce [1]", "all_reduce [1]"], False),
+        (["all_gather", "all_reduce [2] (number 1 in x)", "all_gather"], 1),
+        (["barrier; pending: all_reduce [1]", "all_reduce [2]", "all_reduce [2]"], 0),
+        (["all_gather", "all_reduce"], 0),  # nobody knows
+        (["recv", "send", "send"], 0),  # messages do differ
+        (["recv", "a transfer", "a transfer"], 0),
     ],
 )
-def test_different_calls_with_one_number_do_not_match(calls, differ):
-    places = {
-        rank: Where(stack="", collective=f"{call} (number 1 in x)", num_issued=1)
-        for rank, call in enumerate(calls)
+def test_ranks_that_wait_in_different_collectives(waits, guilty):
+    where = {
+        rank: Where(stack="", collective=wait, num_issued=4)
+        for rank, wait in enumerate(waits)
     }
-    assert ("check=True" in str(blame(where=places))) is differ
+    error = blame(where=where)
+    assert error.rank == guilty
+    assert ("match" in str(error)) is ("recv" not in waits)
+    where[2] = Where(stack="", collective="all_reduce", num_issued=5)
+    assert "match" not in str(blame(where=where))  # one is ahead: no wonder
+
+
+def test_an_abort_is_the_fault_of_the_rank_whose_call_differs():
+    where = {1: at("all_reduce [2]"), 2: at("all_reduce [9]"), 3: at("all_reduce [2]")}
+    died = Failure(time_s=1.0, summary="killed", traceback="gloo", has_aborted=True)
+    lost = Failure(time_s=0.5, summary="closed", is_victim=True)
+    error = blame(failures={0: died, 3: lost}, where=where)
+    assert (error.rank, error.traceback) == (2, "gloo")
+    assert "all_reduce [9] (number 1 in x) on rank 2" in str(error)
+    assert "rank 0 aborted on it" in str(error)
+    assert error.others[0] == "failed too: killed"
+    # an exception of Python says itself what is wrong
+    other = Failure(time_s=1.0, summary="ValueError")
+    assert blame(failures={0: other}, where=where).rank == 0
+
+
+def test_an_error_that_says_what_each_called_blames_the_minority():
+    def failures(*calls):
+        return {
+            rank: Failure(time_s=float(rank), summary=f"I called {call}", call=call)
+            for rank, call in enumerate(calls)
+        }
+
+    assert blame(failures=failures("sum", "sum", "max", "sum")).rank == 2
+    assert blame(failures=failures("sum", "max")).rank == 0  # the first one
+    assert blame(failures=failures("a", "b", "a", "b")).rank == 0
+    assert blame(failures=failures("a", "b", "c", "b")).rank == 0
+    assert "I called max" in str(blame(failures=failures("sum", "sum", "max")))
 
 
 def test_cells_are_shown_with_their_source(tmp_path):
