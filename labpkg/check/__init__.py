@@ -31,6 +31,13 @@ from labpkg.check.cross_entropy_exercises import (
     softmax,
     weighted_mean,
 )
+from labpkg.check.data_loading_exercises import (
+    batch_time,
+    padded_indices,
+    position_noise,
+    rank_batch,
+    step_starts,
+)
 from labpkg.check.data_parallel_exercises import (
     accumulated_gradient,
     bucket_sizes,
@@ -88,6 +95,7 @@ __all__ = [
     "adamw_step",
     "attention",
     "attention_gradient",
+    "batch_time",
     "binary_scores",
     "broadcast_gradient",
     "bucket_sizes",
@@ -118,6 +126,9 @@ __all__ = [
     "multi_head",
     "new_enough",
     "num_pieces",
+    "padded_indices",
+    "position_noise",
+    "rank_batch",
     "rank_variables",
     "ranks_per_gpu",
     "ring_all_reduce",
@@ -132,6 +143,7 @@ __all__ = [
     "stability_limit",
     "stage_speedup",
     "standardize",
+    "step_starts",
     "threads_per_rank",
     "visible_gpus",
     "weighted_mean",
