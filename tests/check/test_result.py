@@ -186,3 +186,17 @@ def test_a_limit_holds_inside_the_function_only():
     assert result.hint == "sum first"
     assert "this makes a tensor of 9 elements, shape (3, 3)" in result.message
     assert torch.ones(9).numel() == 9  # and it is over
+
+
+def test_a_float_keeps_its_digits():
+    exact = Exercise(
+        name="third",
+        arguments=("x",),
+        reference=lambda x: torch.tensor(x / 3, dtype=torch.float64),
+        cases=[(1e9,)],
+        mistakes={},
+        hint="divide by three",
+        rtol=1e-12,
+    )
+    assert exact.check(lambda x: x / 3)
+    assert not exact.check(lambda x: x / 3 + 1e-2)
