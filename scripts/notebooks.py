@@ -6,7 +6,9 @@
 Execution writes only what belongs to the content: outputs and stable cell ids. Machine
 paths, host names, versions and times stay out, so that a second execution of an
 unchanged notebook changes as little as its cells allow. So do widgets, for which a page
-would fetch scripts from another host: tag their cells `remove-output`.
+would fetch scripts from another host: tag their cells `remove-output`. Use no Output
+widget, hence no `interact`: nbclient answers it on the channel on which it waits, which
+can lose the wake-up and cost the whole limit of a cell. An Image widget can be redrawn.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ def execute(path: Path, root: Path = ROOT) -> None:
         extra_arguments=["--log-level=ERROR"],
         timeout=300,
         kernel_name="python3",
-        store_widget_state=True,  # output widgets need it; `normalise` drops it
+        store_widget_state=False,
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
