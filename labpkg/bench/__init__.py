@@ -24,6 +24,7 @@ NAMES = (
     "collectives",
     "cross_entropy",
     "data_parallel",
+    "faults",
     "launch",
     "optimizers",
     "train",

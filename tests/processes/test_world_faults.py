@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
 import os
 import random
 import re
@@ -20,86 +22,19 @@ import torch
 import torch.distributed as dist
 
 import labpkg as lab
+from labpkg.bench.faults import FAULTS, MAX_RESULT_BYTES, WANTED_S, commit, interrupt
+from labpkg.processes import run
 from labpkg.processes.fork_server import ForkServer
+from tests.processes.survivors import gone, started_with
 
 HANGS = "did not end within 1 s"
-FAULTS = {
-    "raise": "ValueError: rank one is broken",
-    "late raise": "ValueError: rank one is broken",
-    "sys.exit": "SystemExit: 3",
-    "os._exit": "exit code 7",
-    "SIGKILL": "killed by SIGKILL",
-    "SIGSEGV": "killed by SIGSEGV",
-    "unpicklable exception": "Weird",
-    "unpicklable result": "cannot be pickled",
-    "poison result": "OSError: poison",
-    "mismatch": "SIGABRT",
-    "SIGSTOP": f"{HANGS}.*was stopped",
-    "sleep": f"{HANGS}.*inference.*ran outside collectives",
-    "spin": f"{HANGS}.*inference.*ran outside collectives",
-    "recv": f"{HANGS}.*fewest collectives.*waited in recv",
-    "early return": HANGS,
-}
 GUILTY = (0, 1, 3)
 SEEDED = random.Random(0)
 
 
-class Weird(Exception):
-    def __init__(self, a, b):
-        super().__init__(a)
-        self.lock = threading.Lock()
-
-    def __str__(self):
-        raise RuntimeError("no text")
-
-
-class Poison:
-    def __reduce__(self):
-        return _poison, ()
-
-
-def _poison():
-    if "RANK" not in os.environ:
-        raise OSError("poison")
-
-
-def end_process(kind):
-    if kind == "sys.exit":
-        sys.exit(3)
-    if kind == "os._exit":
-        os._exit(7)
-    os.kill(os.getpid(), getattr(signal, kind))
-
-
-def fault(kind, guilty):
-    x = torch.ones(4)
-    dist.all_reduce(x)
-    subprocess.Popen(["sleep", "1000"])  # a child must not outlive the run
-    if dist.get_rank() == guilty:
-        if kind in ("raise", "late raise"):
-            time.sleep(0.5 if kind == "late raise" else 0)
-            raise ValueError("rank one is broken")
-        if kind in ("sys.exit", "os._exit", "SIGKILL", "SIGSEGV", "SIGSTOP"):
-            end_process(kind)
-        if kind == "sleep":
-            time.sleep(1000)
-        while kind == "spin":
-            pass
-        if kind == "unpicklable exception":
-            raise Weird(1, 2)
-        if kind == "unpicklable result":
-            return threading.Lock()
-        if kind == "poison result":
-            return Poison()
-        if kind == "mismatch":
-            x = torch.ones(1000)
-        if kind == "recv":
-            dist.recv(x, src=(guilty + 1) % 4)
-        if kind == "early return":
-            return "returned early"
-    if kind not in ("unpicklable result", "poison result"):
-        dist.all_reduce(x)
-    return None
+def with_a_child(name, guilty):
+    subprocess.Popen(["sleep", "1000"])  # it must not outlive the run
+    return commit(name, guilty)
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +44,7 @@ def leave_no_process(world4, monkeypatch):
     token = f"LABPKG_TEST_{os.getpid()}"
     servers = {ForkServer.get().pid}
     monkeypatch.setenv(token, "1")
+    before = open_files()
     yield
     servers |= {ForkServer.get().pid}
     deadline = time.monotonic() + 2
@@ -117,63 +53,116 @@ def leave_no_process(world4, monkeypatch):
         time.sleep(0.05)
     server = psutil.Process(ForkServer.get().pid)
     assert server.children(recursive=True) == []
+    while open_files() != before and len(servers) == 1:  # the server closes its own
+        assert time.monotonic() < deadline, (before, open_files())
+        time.sleep(0.05)
+    assert not [*Path("/dev/shm").glob("*labpkg*")]
 
 
-def started_with(variable):
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            alive = process.status() != psutil.STATUS_ZOMBIE
-            if alive and process.pid != os.getpid() and variable in process.environ():
-                yield process.pid
+def open_files():
+    """Sockets, pipes and memory files live as long as somebody has them open."""
+    gc.collect()
+    return psutil.Process().num_fds(), psutil.Process(ForkServer.get().pid).num_fds()
 
 
-def gone(pids, limit_s):
-    deadline = time.monotonic() + limit_s
-    while left := [pid for pid in pids if is_running(pid)]:
-        if time.monotonic() > deadline:
-            return left
-        time.sleep(0.02)
-    return []
+@pytest.fixture(scope="module")
+def world():
+    with lab.World(4, device="cpu", max_result_bytes=MAX_RESULT_BYTES) as world:
+        yield world
 
 
-def is_running(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def check_fault(world, kind, guilty):
-    start = time.monotonic()
-    with pytest.raises(lab.RankError, match=FAULTS[kind]) as info:
-        world.run(fault, kind, guilty, timeout_s=1 if HANGS in FAULTS[kind] else 30)
+def check_fault(world, name, guilty):
+    fault, start = FAULTS[name], time.monotonic()
+    limit_s = 30 if fault.hangs is False else 1
+    with pytest.raises(lab.RankError, match=f"(?s){fault.says}") as info:
+        world.run(with_a_child, name, guilty, timeout_s=limit_s, show=None)
     took_s, error = time.monotonic() - start, info.value
+    assert error.rank == guilty, str(error)
     assert sorted([*error.others, error.rank]) == [0, 1, 2, 3]
-    if kind == "early return":
-        assert "it had returned while others wait" in str(error)
-    if kind != "mismatch":  # whoever gets the larger message dies
-        assert error.rank == guilty, str(error)
-    if HANGS in FAULTS[kind]:
+    if fault.hangs:
+        assert re.search(f"{HANGS}.*inference", str(error))
         waiting = [it for it in error.others.values() if it.startswith("waited in")]
         assert len(waiting) >= 2
-        assert "all_reduce [4] (number 2 in default_pg)" in str(waiting)
         assert "Stack of rank" in error.traceback
-        assert "in fault" in error.traceback
-    assert took_s < (3.0 if HANGS in FAULTS[kind] else 2.0)
+        assert "in commit" in error.traceback
+    assert took_s < WANTED_S + (0 if fault.hangs is False else limit_s)
+    assert world.run(dist.get_rank) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-def test_fault(world4, kind):
-    check_fault(world4, kind, SEEDED.choice(GUILTY))
-    assert world4.run(dist.get_rank) == [0, 1, 2, 3]
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault(world, name):
+    check_fault(world, name, SEEDED.choice(GUILTY))
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("guilty", GUILTY)
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("repeat", range(4))
+def test_fault_repeated(world, name, guilty, repeat):
+    check_fault(world, name, guilty)
+
+
+@pytest.mark.parametrize("name", [name for name in FAULTS if FAULTS[name].hangs])
+def test_a_hang_is_interrupted(world, name):
+    assert interrupt(world, name) < WANTED_S
+    assert world.run(dist.get_rank) == [0, 1, 2, 3]
+
+
+def check_interrupt_at(world, name, delay_s):
+    """Interrupt at some moment; twice, since people do."""
+    press = signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]
+    timers = [threading.Timer(delay_s + more, *press) for more in (0, 0.02)]
+    for timer in timers:
+        timer.start()
+    with contextlib.suppress(KeyboardInterrupt, lab.RankError):
+        world.run(with_a_child, name, 1, timeout_s=0.5, show=None)
+    for _ in timers:  # one may come only now
+        with contextlib.suppress(KeyboardInterrupt):
+            for timer in timers:
+                timer.join()
+    assert world.run(dist.get_rank) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", SEEDED.sample(list(FAULTS), 8))
+def test_an_interrupt_at_any_moment_leaves_nothing(world, name):
+    check_interrupt_at(world, name, SEEDED.uniform(0, 0.3))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.parametrize("repeat", range(10))
-def test_fault_repeated(world4, kind, guilty, repeat):
-    check_fault(world4, kind, guilty)
+def test_an_interrupt_at_any_moment_repeated(world, name, repeat):
+    check_interrupt_at(world, name, random.Random(f"{name} {repeat}").uniform(0, 0.7))
+
+
+def test_our_question_kills_no_rank_that_has_hardly_begun(world):
+    server = psutil.Process(ForkServer.get().pid)
+    server.send_signal(signal.SIGUSR1)  # a rank inherits what becomes of it
+    assert world.run(dist.get_rank) == [0, 1, 2, 3]
+    assert server.is_running()
+
+
+class SlowPath:
+    """Takes a rank half a second while it starts."""
+
+    def __reduce__(self):
+        return eval, (f"__import__('time').sleep(0.5) or {sys.path!r}",)
+
+
+def test_the_time_limit_counts_from_the_moment_of_joining(world, monkeypatch):
+    make_job = world._job
+
+    def slow_job(port):
+        return dataclasses.replace(make_job(port), path=SlowPath())
+
+    monkeypatch.setattr(world, "_job", slow_job)
+    assert world.run(dist.get_rank, timeout_s=0.4) == [0, 1, 2, 3]
+    monkeypatch.setattr(run, "_JOIN_S", 0.2)
+    with pytest.raises(lab.RankError, match=r"did not end within 0\.2 s"):
+        world.run(dist.get_rank, timeout_s=0.1)
+    monkeypatch.undo()
+    with pytest.raises(lab.RankError, match=r"did not end within 0\.1 s"):
+        world.run(lambda path: path, SlowPath(), timeout_s=0.1)  # the call counts
 
 
 def test_the_first_failure_is_named_and_the_others_are_listed(world4):
@@ -257,162 +246,3 @@ def test_the_fork_server_is_replaced(world2, monkeypatch, tmp_path):
     monkeypatch.undo()
     assert world2.run(dist.get_rank) == [0, 1]
     assert ForkServer.get() is not old
-
-
-# Other kernels: each is a script that imports torch and starts its own fork server.
-
-BUSY = """
-import os, signal, sys, time, torch, torch.distributed as dist, labpkg as lab
-def busy(ways):
-    way = ways[dist.get_rank()]
-    print("in", flush=True)
-    if way == "collective": dist.all_reduce(torch.ones(1))
-    while way == "spin": pass
-    if way == "stop": os.kill(os.getpid(), signal.SIGSTOP)
-    if way == "child": os.system("sleep 1000")
-    time.sleep(1000)
-world = lab.World(5, timeout_s=None)
-"""
-ALL_WAYS = ["sleep", "collective", "spin", "stop", "child"]
-
-
-@contextlib.contextmanager
-def kernel(tmp_path, text, *args):
-    """Run a script in a session of its own, as a terminal does."""
-    path = tmp_path / "script.py"
-    path.write_text(text)
-    process = subprocess.Popen(
-        [sys.executable, str(path), *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def read_line(process, line):
-    assert process.stdout.readline() == line + "\n", process.stderr.read()
-
-
-def family(process):
-    return [it.pid for it in psutil.Process(process.pid).children(recursive=True)]
-
-
-def check_kernel_killed(tmp_path, first):
-    with kernel(tmp_path, BUSY + f"world.run(busy, {ALL_WAYS})") as process:
-        process.stdout.readline()
-        read_line(process, "[0] in")
-        time.sleep(0.3)
-        others = family(process)
-        assert len(others) >= 7  # the server, five ranks, a child
-        if first == "fork server":
-            os.kill(others[0], signal.SIGKILL)
-        process.kill()
-        assert gone(others, 2) == []
-
-
-@pytest.mark.parametrize("first", ["kernel", "fork server"])
-def test_kernel_killed(tmp_path, first):
-    check_kernel_killed(tmp_path, first)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("first", ["kernel", "fork server"])
-@pytest.mark.parametrize("repeat", range(25))
-def test_kernel_killed_repeated(tmp_path, first, repeat):
-    check_kernel_killed(tmp_path, first)
-
-
-def test_kernel_killed_while_its_server_imports(tmp_path):
-    text = "import labpkg as lab, time; lab.World(2); time.sleep(1000)"
-    with kernel(tmp_path, text) as process:
-        while not (others := family(process)):
-            time.sleep(0.05)
-        process.kill()
-        # 2 s, and what a busy machine needs to load one library: that cannot be broken
-        assert gone(others, 5) == []
-
-
-def test_interrupt(tmp_path):
-    text = BUSY + (
-        "for way in ['collective', 'spin', 'stop']:\n"
-        "    try: world.run(busy, ['sleep', way, way, way, way])\n"
-        "    except KeyboardInterrupt: print('interrupted', flush=True)\n"
-        "print(world.run(dist.get_rank))\n"
-    )
-    with kernel(tmp_path, text) as process:
-        time.sleep(2.0)  # the server still imports: nobody has run anything
-        process.stdout.readline()
-        for number in range(3):
-            read_line(process, "[0] in")
-            time.sleep(0.2)
-            others = family(process)[1:]
-            start = time.monotonic()
-            # Ctrl-C and Jupyter signal the whole process group.
-            (os.killpg if number else os.kill)(process.pid, signal.SIGINT)
-            read_line(process, "interrupted")
-            assert time.monotonic() - start < 2
-            assert gone(others, 0.5) == []
-        output = process.communicate(timeout=30)
-    assert output == ("[0, 1, 2, 3, 4]\n", "")
-
-
-def test_interrupt_while_the_server_imports(tmp_path):
-    text = (
-        "import labpkg as lab, time\n"
-        "world = lab.World(2); print('made', flush=True)\n"
-        "try: world.run(time.sleep, 1000)\n"
-        "except KeyboardInterrupt: print('interrupted', flush=True)\n"
-        "print(world.run(int))\n"
-    )
-    with kernel(tmp_path, text) as process:
-        process.stdout.readline()
-        read_line(process, "made")
-        time.sleep(0.5)
-        os.killpg(process.pid, signal.SIGINT)
-        output = process.communicate(timeout=60)
-    assert output == ("interrupted\n[0, 0]\n", "")
-
-
-def test_script_without_main_guard_ends_quietly(tmp_path):
-    text = (
-        "import labpkg as lab, psutil\n"
-        "class Thing: pass\n"
-        "world = lab.World(2)\n"
-        "assert all(type(it) is Thing for it in world.run(lambda: Thing()))\n"
-        "print(psutil.Process().children()[0].pid)\n"
-        "world.run(lambda: {}['key'])\n"
-    )
-    with kernel(tmp_path, text) as process:
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert err.splitlines()[-1] == "KeyError: 'key'"
-    assert err.count("Traceback") == 2  # the kernel's, and in its text the rank's
-    assert re.search(r"^labpkg\S+RankError: rank \d: KeyError: 'key'$", err, re.M)
-    assert gone([int(out.splitlines()[1])], 0.5) == []
-
-
-def test_script_that_runs_nothing_ends_quietly(tmp_path):
-    text = "import labpkg as lab, time; world = lab.World(2); del world; print(1)"
-    start = time.monotonic()
-    with kernel(tmp_path, text) as process:
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out.splitlines()[1:], err) == (0, ["1"], "")
-    assert time.monotonic() - start < 20
-
-
-def test_under_xdist(tmp_path):
-    (tmp_path / "test_it.py").write_text(
-        "import labpkg as lab, torch.distributed as dist\n"
-        "def test_it():\n"
-        "    assert lab.World(2).run(dist.get_world_size) == [2, 2]\n"
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
