@@ -16,7 +16,7 @@ https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md (bus bandwid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,11 +52,14 @@ _torch_scatter = (
 Variant = Callable[[Tensor], Tensor]
 
 
-def rows(*, quick: bool = False) -> list[dict[str, Any]]:
-    """Measure three collectives on all GPUs, or on two ranks on the CPU.
+def rows(
+    *, quick: bool = False, collectives: Sequence[str] = COLLECTIVES
+) -> list[dict[str, Any]]:
+    """Measure collectives on all GPUs, or on two ranks on the CPU.
 
     Args:
         quick: The two smaller sizes and few rounds: the form of the answer.
+        collectives: Which of the three.
 
     Returns:
         Rows as in `labpkg.bench.run`, milliseconds per call, and three more keys that
@@ -69,7 +72,7 @@ def rows(*, quick: bool = False) -> list[dict[str, Any]]:
     found = []
     with World(timeout_s=None) as world:
         place = f"{world.world_size} ranks on {world.device} ({world.backend})"
-        for collective in COLLECTIVES:
+        for collective in collectives:
             for size, num_bytes in list(_SIZES.items())[: 2 if quick else None]:
                 samples = world.run(_measure, collective, num_bytes, quick)[0]
                 label = f"{collective} of {size}, {place}"

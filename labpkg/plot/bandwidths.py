@@ -44,13 +44,16 @@ def bandwidth(
                 for row in chosen
                 if row["variant"] == variant
             )
-            ax.loglog(*zip(*points, strict=True), marker="o", label=variant, base=2)
+            ax.plot(*zip(*points, strict=True), marker="o", label=variant)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
         sizes = sorted({row["num_bytes"] for row in chosen})
         ax.set_xticks(sizes, [_size(size) for size in sizes])
         ax.minorticks_off()
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.set_xlabel(f"size of the tensor, {collective}")
         ax.set_ylabel("bus bandwidth, GB/s")
-        ax.legend()
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 
