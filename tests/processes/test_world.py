@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import sys
 import threading
 import time
@@ -250,19 +251,21 @@ def test_several_worlds_from_threads(world2):
     assert sorted(results) == [2.0] * 6 + [3.0] * 3
 
 
-def test_launches_in_a_row_are_clean(world4, capfd):
-    launch(world4, 10)
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.soak
-def test_100_launches_in_a_row_are_clean(world4, capfd):
-    launch(world4, 100)
-    assert capfd.readouterr() == ("", "")
-
-
 def launch(world, times):
-    def train():
+    for number in range(times):
+        values = world.run(total_of_both, number, show="all")
+        assert values == [4.0 * number] * 4
+
+
+def total_of_both(number):
+    small = lab.all_reduce(torch.full((1,), float(number)))
+    large = lab.all_reduce(torch.full((1000,), float(number)))  # shared memory
+    assert large[-1] == small[0]
+    return small.item()
+
+
+def train(world, times):
+    def step():
         mesh = lab.make_mesh(dp=2, tp=2)
         net = torch.nn.parallel.DistributedDataParallel(
             Net(), process_group=mesh["dp"].get_group()
@@ -272,7 +275,67 @@ def launch(world, times):
         return lab.all_reduce(torch.ones(1), mesh["tp"]).item()
 
     for _ in range(times):
-        assert world.run(train, show="all") == [2.0] * 4
+        assert world.run(step, show="all") == [2.0] * 4
+
+
+def open_worlds(times):
+    """Open worlds and never close them."""
+    kernel = psutil.Process()
+    lab.World(2, device="cpu").run(dist.get_rank)
+    before = len(kernel.children(recursive=True)), kernel.num_fds()
+    worlds = [lab.World(2, device="cpu") for _ in range(times)]
+    for world in worlds:
+        assert world.run(dist.get_rank) == [0, 1]
+    assert (len(kernel.children(recursive=True)), kernel.num_fds()) == before
+
+
+@pytest.mark.timeout(300)
+def test_launches_in_a_row_are_clean(world4, capfd):
+    launch(world4, 50)
+    train(world4, 5)
+    open_worlds(5)
+    out, err = capfd.readouterr()
+    assert (err, {line.split(":")[0] for line in out.splitlines()}) == ("", {"World"})
+
+
+@pytest.mark.soak
+def test_500_launches_and_50_worlds_are_clean(world4, capfd):
+    launch(world4, 500)
+    train(world4, 50)
+    open_worlds(50)
+    out, err = capfd.readouterr()
+    assert (err, {line.split(":")[0] for line in out.splitlines()}) == ("", {"World"})
+
+
+class RunsAgain:
+    """A value that starts a run while the run that returns it still waits."""
+
+    def __setstate__(self, state):
+        self.values = state["world"]().run(dist.get_rank)
+
+
+def test_a_run_inside_a_run(world2):
+    def outer():
+        value = RunsAgain()
+        value.world = lambda: lab.World(3, device="cpu")
+        return value if dist.get_rank() == 1 else 0
+
+    zero, again = world2.run(outer)
+    assert (zero, again.values) == (0, [0, 1, 2])
+    before = signal.getsignal(signal.SIGINT)
+    assert before is signal.default_int_handler  # as we found it
+
+
+def test_a_handler_of_the_kernel_is_left_alone(world2):
+    seen = []
+    signal.signal(signal.SIGINT, lambda *_: seen.append("mine"))
+    try:
+        timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        assert world2.run(lambda: time.sleep(0.6)) == [None, None]
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert seen == ["mine"]
 
 
 def test_nothing_grows(world2):

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import textwrap
+import threading
 import time
 
 import psutil
 import pytest
 
+from tests.processes.survivors import gone
+
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+jupyter_client = pytest.importorskip(
+    "jupyter_client", reason="jupyter_client is not installed"
+)
 
 CELLS = {
     "setup": """
@@ -118,3 +125,83 @@ def test_the_end_of_the_kernel_leaves_nothing(output):
         time.sleep(0.05)
     mine = psutil.Process(os.getpid()).children(recursive=True)
     assert not [it for it in mine if "ipykernel" in " ".join(it.cmdline())]
+
+
+# ---- kernels as editors start them -------------------------------------------------
+
+VS_CODE = {
+    "VSCODE_PID": "1",
+    "VSCODE_CWD": "/",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONIOENCODING": "utf-8",
+    "PYDEVD_IPYTHON_COMPATIBLE_DEBUGGING": "1",
+    "FORCE_COLOR": "1",
+    "TERM": "xterm-color",
+}
+JUPYTERLAB = {"JPY_SESSION_NAME": "a/notebook.ipynb", "MPLBACKEND": "inline"}
+EDITOR_CELLS = {
+    "import os, threading, time, torch.distributed as dist, labpkg as lab\n"
+    "world = lab.World(2, timeout_s=None)": "World: 2 ranks",
+    "print(world.run(dist.get_rank))": "[0, 1]",
+    # a cell that awaits has a running event loop around it
+    "import asyncio\nawait asyncio.sleep(0)\nprint(world.run(dist.get_rank))": "[0, 1]",
+    "print(await asyncio.to_thread(world.run, dist.get_rank))": "[0, 1]",
+    "%%capture captured\n_ = world.run(print, 'hello', show=1)": "",
+    "print(captured.stdout)": "[1] hello",
+    "print(world.run(lambda: world.world_size if 0 else os.getppid())[0] > 1)": "True",
+}
+
+
+@pytest.fixture(params=["JupyterLab", "VS Code"])
+def kernel(request):
+    """A kernel, and how the editor interrupts it: the group, or the process alone."""
+    manager = jupyter_client.KernelManager(kernel_name="python3")
+    environment = JUPYTERLAB if request.param == "JupyterLab" else VS_CODE
+    manager.start_kernel(env=os.environ | environment)
+    client = manager.blocking_client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    pid = manager.provisioner.process.pid
+
+    def interrupt():
+        alone = request.param == "VS Code"
+        (os.kill if alone else os.killpg)(pid, signal.SIGINT)
+
+    yield manager, client, pid, interrupt
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def execute(client, code, timeout=60):
+    texts = []
+
+    def collect(message):
+        content = message["content"]
+        if message["msg_type"] == "error":
+            texts.append(f"{content['ename']}: {content['evalue']}")
+        texts.append(content.get("text", ""))
+
+    client.execute_interactive(code, timeout=timeout, output_hook=collect)
+    return "".join(texts)
+
+
+def test_the_kernel_of_an_editor(kernel):
+    manager, client, pid, interrupt = kernel
+    for code, expected in EDITOR_CELLS.items():
+        assert expected in execute(client, code), code
+    for way in ("lambda: dist.recv(torch.ones(1), src=1 - dist.get_rank())", "loop"):
+        setup = "import itertools, torch\ndef loop(): any(itertools.repeat(0))\n"
+        timer = threading.Timer(1.0, interrupt)
+        timer.start()
+        start = time.monotonic()
+        assert "KeyboardInterrupt" in execute(client, f"{setup}world.run({way})")
+        assert time.monotonic() - start < 3.5
+        assert "[0, 1]" in execute(client, "print(world.run(dist.get_rank))")
+    # `Restart kernel` while ranks run: Jupyter kills it
+    client.execute(f"{setup}world.run(loop)")
+    family = psutil.Process(pid)
+    while len(family.children(recursive=True)) < 3:
+        time.sleep(0.05)
+    ranks = [it.pid for it in family.children(recursive=True)]
+    manager.shutdown_kernel(now=True)
+    assert gone(ranks, 2) == []
