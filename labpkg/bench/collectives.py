@@ -99,7 +99,7 @@ def _measure(collective: str, num_bytes: int, quick: bool) -> dict[str, list[Sam
     _check({name: variant(x.clone()) for name, variant in variants.items()})
     work = torch.zeros_like(x)  # zeros stay zeros, however often they are summed
     calls = {name: partial(variant, work) for name, variant in variants.items()}
-    rounds, most = (2, 2) if quick else (12, 24)
+    rounds, most = (5, 5) if quick else (12, 24)
     return alternate(
         calls, num_rounds=rounds, max_rounds=most, sample_s=0.02 if quick else 0.2
     )

@@ -143,6 +143,10 @@ _RING = Exercise(
         ),
         "uneven pieces: with K not divisible by n the rest is never sent; cut with "
         "tensor_split": _without_the_rest,
+        "elements are missing: with K not divisible by n the pieces differ by one; cut "
+        "with tensor_split": lambda inputs: _ring(
+            [x[: len(x) // len(inputs) * len(inputs)] for x in inputs]
+        ),
         "the right sum, added in another order: on a ring piece j starts at rank j, so "
         "its first term is x_j": _in_rank_order,
         "this ring turns the other way: rank r sends to rank r + 1": partial(
@@ -246,6 +250,12 @@ _HALVING = Exercise(
             f"{text}, 1 collectives"
             for text in _texts("the sum", lambda n: 0, _both_ways)(n, K)
         ],
+        "this asks torch.distributed itself, past the count; use lab.sendrecv": (
+            lambda n, K: [
+                f"{text}, x is changed"
+                for text in _texts("the sum", lambda n: 0, lambda n: 0)(n, K)
+            ]
+        ),
         "right, but x belongs to the caller: work on x.clone()": lambda n, K: [
             f"{text}, x is changed"
             for text in _texts("the sum", lambda n: 2 * _log2(n), _both_ways)(n, K)
