@@ -9,11 +9,13 @@ Chapter: processes/ranks.
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import Any
 
 
 class Interrupts:
@@ -21,17 +23,20 @@ class Interrupts:
 
     An interrupt that was held back is raised as soon as it may be, at the latest when
     the context ends. In other threads than the main one, and where somebody has set a
-    handler of their own, nothing changes.
+    handler of their own, nothing changes. The handler of an event loop is replaced for
+    the while: it would act in the loop, which the run keeps waiting.
     """
 
     def __init__(self) -> None:
-        self._is_held, self._is_pending, self._is_ours = True, False, False
+        self._is_held, self._is_pending = True, False
+        self._previous: Any = None
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._is_ours = signal.getsignal(signal.SIGINT) is _RAISE
-        if self._is_ours:
-            signal.signal(signal.SIGINT, self._handle)
+            handler = signal.getsignal(signal.SIGINT)
+            if handler is signal.default_int_handler or _is_in_event_loop():
+                self._previous = handler
+                signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(
@@ -40,8 +45,8 @@ class Interrupts:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._is_ours:
-            signal.signal(signal.SIGINT, _RAISE)
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
         self._raise_pending()
 
     @contextmanager
@@ -66,4 +71,9 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
-_RAISE = signal.default_int_handler
+def _is_in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

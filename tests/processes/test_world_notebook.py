@@ -189,12 +189,15 @@ def test_the_kernel_of_an_editor(kernel):
     manager, client, pid, interrupt = kernel
     for code, expected in EDITOR_CELLS.items():
         assert expected in execute(client, code), code
-    for way in ("lambda: dist.recv(torch.ones(1), src=1 - dist.get_rank())", "loop"):
-        setup = "import itertools, torch\ndef loop(): any(itertools.repeat(0))\n"
+    setup = "import itertools, torch\ndef loop(): any(itertools.repeat(0))\n"
+    wait = "lambda: dist.recv(torch.ones(1), src=1 - dist.get_rank())"
+    for before, way in (("", wait), ("", "loop"), ("await asyncio.sleep(0)\n", "loop")):
         timer = threading.Timer(1.0, interrupt)
         timer.start()
         start = time.monotonic()
-        assert "KeyboardInterrupt" in execute(client, f"{setup}world.run({way})")
+        assert "KeyboardInterrupt" in execute(
+            client, f"{setup}{before}world.run({way})"
+        )
         assert time.monotonic() - start < 3.5
         assert "[0, 1]" in execute(client, "print(world.run(dist.get_rank))")
     # `Restart kernel` while ranks run: Jupyter kills it
