@@ -55,7 +55,8 @@ class RunningMean:
         if count < 0:
             raise ValueError(f"count={count} must be at least 0; pass e.g. len(y)")
         if count:
-            value = mean.detach() if isinstance(mean, Tensor) else mean
+            # In half precision mean * count overflows from 65504 on.
+            value = mean.detach().double() if isinstance(mean, Tensor) else mean
             self._totals[0] += value * count
             self._totals[1] += count
 

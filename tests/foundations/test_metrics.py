@@ -206,6 +206,13 @@ def test_a_mean_weighs_by_counts_and_starts_again():
     assert mean.read() == (7.0, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mean_in_half_precision_is_weighed_exactly(dtype):
+    mean = RunningMean()
+    mean.add(torch.tensor(2.25, dtype=dtype), 40_001)  # 90,002.25: no number of float16
+    assert mean.read() == (2.25, 40_001)
+
+
 def test_nothing_weighs_nothing_even_when_it_is_nan():
     mean = RunningMean()
     mean.add(torch.tensor(float("nan")), 0)
