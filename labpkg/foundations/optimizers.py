@@ -188,8 +188,8 @@ class AdamW(_ListOptimizer):
         lr, (b1, b2) = group["lr"], group["betas"]
         m = self._moments(params, "exp_avg")
         v = self._moments(params, "exp_avg_sq")
-        for p in params:
-            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+        for p in params:  # in the state of torch's own AdamW the step is a tensor
+            self.state[p]["step"] = int(self.state[p].get("step", 0)) + 1
         steps = [self.state[p]["step"] for p in params]
 
         if group["weight_decay"]:

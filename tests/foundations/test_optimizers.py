@@ -82,6 +82,19 @@ def test_state_of_ours_loads_into_torch():
     assert_equal(model, reference)
 
 
+@pytest.mark.parametrize(("ours", "theirs", "options"), PAIRS)
+def test_state_of_torch_loads_into_ours(ours, theirs, options):
+    model, reference = make_model(), make_model()
+    first = theirs(reference.parameters(), **options)
+    train(reference, first, 5)
+    model.load_state_dict(reference.state_dict())
+    second = ours(model.parameters(), **{**options, "lr": 123.0})
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(reference, first, 5, first=5)
+    train(model, second, 5, first=5)
+    assert_equal(model, reference)
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"), [pair[:2] for pair in (PAIRS[0], PAIRS[4])]
 )
