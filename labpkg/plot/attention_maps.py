@@ -36,8 +36,10 @@ def attention(
     import numpy as np
     import torch
 
-    given = torch.as_tensor(weights).detach().to("cpu", torch.float64).numpy()
-    _check(given)
+    weights = torch.as_tensor(weights).detach()
+    given = weights.to("cpu", torch.float64).numpy()
+    eps = torch.finfo(weights.dtype).eps if weights.is_floating_point() else 0.0
+    _check(given, tolerance=max(1e-3, eps))
     T = len(given)
     if tokens is not None and len(tokens) != T:
         raise ValueError(f"{len(tokens)} tokens for {T} positions; give one for each")
@@ -55,14 +57,14 @@ def attention(
     return ax
 
 
-def _check(weights: Any) -> None:
+def _check(weights: Any, tolerance: float) -> None:
     if weights.ndim != 2 or weights.shape[0] != weights.shape[1] or not weights.size:
         raise ValueError(
             f"weights (T, T) of one head are needed, got shape {weights.shape}; take "
             "one sample and one head, such as weights[0, 0]"
         )
     sums = weights.sum(1)
-    if (weights < 0).any() or not (abs(sums - 1) < 1e-3).all():
+    if (weights < 0).any() or not (abs(sums - 1) < tolerance).all():
         raise ValueError(
             f"each row must be a distribution, but the sums go from {sums.min():.4g} "
             f"to {sums.max():.4g}; pass the weights after softmax over the keys"

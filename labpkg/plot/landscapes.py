@@ -89,17 +89,18 @@ def spectrum(
         has no place on this axis.
 
     Raises:
-        ValueError: If a set is empty or a number is not finite.
+        ValueError: If a set is empty or no vector, or a number is not finite.
     """
     named = isinstance(eigenvalues, Mapping)
     sets = eigenvalues if isinstance(eigenvalues, Mapping) else {"": eigenvalues}
     arrays = {name: np.asarray(values, dtype=float) for name, values in sets.items()}
     if not arrays or any(
-        not (a.size and np.isfinite(a).all()) for a in arrays.values()
+        not (a.ndim == 1 and a.size and np.isfinite(a).all()) for a in arrays.values()
     ):
         raise ValueError(
-            "a spectrum needs at least one eigenvalue in each set, all finite; pass "
-            "e.g. torch.linalg.eigvalsh(hessian)"
+            "a spectrum needs a vector of eigenvalues in each set, not empty and all "
+            f"finite, got shapes {[a.shape for a in arrays.values()]}; pass e.g. "
+            "torch.linalg.eigvalsh(hessian)"
         )
     with style():
         ax = axes_or_new(ax)

@@ -33,8 +33,10 @@ def confusion(
             not fit.
     """
     import numpy as np
+    import torch
 
-    counts = np.asarray(getattr(matrix, "counts", matrix))
+    counts = getattr(matrix, "counts", matrix)
+    counts = np.asarray(counts.cpu() if isinstance(counts, torch.Tensor) else counts)
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or not counts.any():
         raise ValueError(
             f"counts (V, V) that are not all 0 are needed, got shape {counts.shape}; "

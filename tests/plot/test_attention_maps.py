@@ -48,6 +48,13 @@ def test_the_figure_grows_with_the_positions_up_to_a_page():
     assert heights[0] < heights[1] < heights[2] == pytest.approx(5.6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_of_half_precision_may_miss_one(dtype):
+    weights = torch.full((48, 48), 1 / 48, dtype=dtype)
+    assert weights.double().sum(1)[0] != 1
+    plot.attention(weights)
+
+
 @pytest.mark.parametrize(
     ("weights", "tokens", "message"),
     [

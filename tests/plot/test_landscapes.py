@@ -108,7 +108,9 @@ def test_spectra_by_name_have_a_legend_and_colours():
     assert ax.get_lines()[0].get_color() != ax.get_lines()[2].get_color()
 
 
-@pytest.mark.parametrize("values", [[], {}, {"a": []}, [1.0, math.nan]])
-def test_a_spectrum_of_nothing_is_refused(values):
-    with pytest.raises(ValueError, match="at least one eigenvalue"):
+@pytest.mark.parametrize(
+    "values", [[], {}, {"a": []}, [1.0, math.nan], 1.0, [[1.0, 2.0], [3.0, 4.0]]]
+)
+def test_what_is_no_spectrum_is_refused(values):
+    with pytest.raises(ValueError, match="vector of eigenvalues in each set"):
         plot.spectrum(values)

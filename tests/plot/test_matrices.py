@@ -85,3 +85,11 @@ def test_ten_classes_fit_the_figure():
 def test_what_is_no_confusion_matrix_is_refused(matrix, names, message):
     with pytest.raises(ValueError, match=message):
         plot.confusion(matrix, names=names)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_counts_on_a_gpu_are_drawn():
+    matrix = lab.ConfusionMatrix(2, device="cuda")
+    matrix.update(*torch.tensor([[0, 1, 1], [0, 1, 0]], device="cuda"))
+    assert [text.get_text() for text in plot.confusion(matrix).texts] == list("1101")
