@@ -71,7 +71,7 @@ _LIMIT = Exercise(
     arguments=("hessian",),
     reference=lambda h: 2 / torch.linalg.eigvalsh(h)[-1],
     cases=[
-        (_tensor([5.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]),),
+        (_tensor([5.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.5]),),
         (_tensor([2.0, 1.0], [1.0, 2.0]),),
         (_tensor([0.5]),),
         (_bowl(1.0, 10.0, 100.0),),
@@ -168,8 +168,9 @@ _SHARPNESS = Exercise(
         ),
         "the classes are coupled: W is one vector of V D elements, not V "
         "vectors": lambda x, y, W: _of_one_class(x, W),
-        "this is the smallest eigenvalue; take the largest": lambda x, y, W: (
-            torch.linalg.eigvalsh(_hessian(x, W))[0]
+        "this is the smallest eigenvalue, 0; take the largest. If v has one number for "
+        "all classes, H v is 0 from the start: start from a random one": (
+            lambda x, y, W: torch.linalg.eigvalsh(_hessian(x, W))[0]
         ),
         "this is the length of the gradient; the sharpness is a second derivative": (
             lambda x, y, W: (

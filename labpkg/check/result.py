@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -145,9 +146,10 @@ class _Trial:
     def _hint(self, got: Any, expected: Any) -> str:
         if got is None:
             return "the function returns nothing; end it with a return statement"
-        for hint, wrong_answer in self.exercise.mistakes.items():
-            if self._agree(got, wrong_answer(*self.case)):
-                return hint
+        with warnings.catch_warnings(action="ignore"):  # they would not be the reader's
+            for hint, wrong_answer in self.exercise.mistakes.items():
+                if self._agree(got, wrong_answer(*self.case)):
+                    return hint
         if any(self._agree(got, argument) for argument in self.case):
             return "the function returns its argument unchanged; " + self.exercise.hint
         kinds = _kind(got), _kind(expected)

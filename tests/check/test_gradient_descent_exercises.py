@@ -153,6 +153,11 @@ def eps_inside(w, m, v, g, t, lr, wd):
     return w * (1 - lr * wd) - lr * m / (1 - 0.9**t) / root, m, v
 
 
+def from_equal_classes(x, y, W):
+    v = torch.ones_like(W)
+    return (v * product(x, W, v)).sum() / v.numel()
+
+
 def from_ones(x, y, W):
     v = torch.ones_like(W)
     for _ in range(5):
@@ -165,6 +170,7 @@ WRONG = [
     ("stability_limit", lambda h: h, "returns its argument"),
     ("stability_limit", lambda h: 1 / torch.linalg.eigvalsh(h).max(), "in one step"),
     ("stability_limit", lambda h: 2 / torch.linalg.eigvalsh(h).min(), "the steepest"),
+    ("stability_limit", torch.linalg.cond, "2 / largest eigenvalue"),
     ("stability_limit", lambda h: 2 / h.diag().max(), "only if the matrix is diagonal"),
     ("stability_limit", lambda h: 2 / h.norm(), "Frobenius"),
     ("stability_limit", lambda h: torch.linalg.eigvals(h), "return a scalar"),
@@ -189,6 +195,12 @@ WRONG = [
     ("momentum_step", lambda w, v, g, lr, mu: w - lr * (mu * v + g), "return both"),
     ("linear_schedule", lambda s, p, n, k: s, "returns its argument"),
     ("linear_schedule", lambda s, p, n, k: p * (s - 1) / k if s < k else p, "count"),
+    ("linear_schedule", lambda s, p, n, k: p * (s + 1) / k if s < k else p, "up to"),
+    (
+        "linear_schedule",
+        lambda s, p, n, k: p * s / k if s <= k else p * (s - k) / (n - k),
+        "then (steps - step)",
+    ),
     ("linear_schedule", lambda s, p, n, k: p * min(1, s / k), "the fall is missing"),
     ("linear_schedule", lambda s, p, n, k: p * (n - s) / (n - k), "the rise"),
     (
@@ -231,6 +243,7 @@ WRONG = [
     ("sharpness", lambda x, y, W: x, "returns its argument"),
     ("sharpness", lambda x, y, W: len(x) * sharpness(x, y, W), "divide by B"),
     ("sharpness", from_ones, "start from a random one"),
+    ("sharpness", from_equal_classes, "start from a random one"),
     ("sharpness", lambda x, y, W: torch.linalg.matrix_norm(x, 2) ** 2 / len(x), "only"),
     ("sharpness", lambda x, y, W: 2 / sharpness(x, y, W), "limit of the learning rate"),
     ("sharpness", lambda x, y, W: sharpness(x, y, W, num_steps=2), "repeat more often"),

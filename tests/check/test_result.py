@@ -200,3 +200,15 @@ def test_a_float_keeps_its_digits():
     )
     assert exact.check(lambda x: x / 3)
     assert not exact.check(lambda x: x / 3 + 1e-2)
+
+
+def test_a_known_mistake_does_not_warn():
+    exercise = Exercise(
+        name="spread",
+        arguments=("x",),
+        reference=lambda x: x.std(correction=0),
+        cases=[(torch.ones(1),)],
+        mistakes={"over N": lambda x: x.std()},  # torch warns of a single number
+        hint="over N",
+    )
+    assert not exercise.check(lambda x: x.sum() + 1)
