@@ -139,8 +139,7 @@ def _doubling(x: Tensor, mesh: DeviceMesh | None) -> None:
         x += recv(x, r + core, mesh)
     for k in range(num_rounds):
         partner = r ^ 2**k
-        theirs = sendrecv(x, x, dst=partner, src=partner, mesh=mesh)
-        # The lower rank's part is the first term on both sides: equal to the last bit.
-        x.copy_(x + theirs if r < partner else theirs + x)
+        # Both add the same two numbers, so they agree to the last bit.
+        x += sendrecv(x, x, dst=partner, src=partner, mesh=mesh)
     if r + core < n:
         send(x, r + core, mesh)
