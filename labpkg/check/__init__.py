@@ -64,6 +64,7 @@ from labpkg.check.ranks_exercises import (
     ring_neighbours,
     shard_bounds,
 )
+from labpkg.check.ranks_processes_exercises import supervise
 from labpkg.check.result import CheckResult
 from labpkg.check.setup_exercises import (
     new_enough,
@@ -144,6 +145,7 @@ __all__ = [
     "stage_speedup",
     "standardize",
     "step_starts",
+    "supervise",
     "threads_per_rank",
     "visible_gpus",
     "weighted_mean",
