@@ -23,6 +23,7 @@ from typing import Any
 NAMES = (
     "collectives",
     "cross_entropy",
+    "data_loading",
     "data_parallel",
     "faults",
     "launch",

@@ -6,7 +6,14 @@ import pytest
 
 import labpkg as lab
 from labpkg import bench
-from labpkg.bench import collectives, cross_entropy, data_parallel, optimizers, train
+from labpkg.bench import (
+    collectives,
+    cross_entropy,
+    data_loading,
+    data_parallel,
+    optimizers,
+    train,
+)
 
 ROW = {"config", "variant", "wall_ratio", "cpu_ratio", "samples", "value", "unit"}
 
@@ -49,7 +56,9 @@ def test_report_prints_as_one_table_per_configuration(monkeypatch):
     assert len({len(line) for line in lines[3:6]}) == 1
 
 
-@pytest.mark.parametrize("module", [cross_entropy, train, data_parallel, optimizers])
+@pytest.mark.parametrize(
+    "module", [cross_entropy, train, data_loading, data_parallel, optimizers]
+)
 def test_quick_rows(module):
     rows = module.rows(quick=True)
     assert all(set(row) == ROW for row in rows)
