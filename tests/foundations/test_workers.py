@@ -1,5 +1,6 @@
 """`batches` with workers: the same batches, readable errors, nothing left behind."""
 
+import contextlib
 import gc
 import math
 import os
@@ -402,6 +403,48 @@ def test_dropping_does_not_wait_for_busy_workers():
     began = time.monotonic()
     it.close()
     assert time.monotonic() - began < 1
+
+
+def children():
+    return [child.pid for child in psutil.Process().children()]
+
+
+def test_an_error_in_the_loop_ends_the_workers():
+    before, started = children(), []
+
+    def fail_in_the_loop():
+        for _ in stream(num_workers=2):
+            started.extend(pid for pid in children() if pid not in before)
+            raise ValueError("of the reader")
+
+    with pytest.raises(ValueError, match="of the reader"):
+        fail_in_the_loop()
+    assert len(started) == 2
+    assert not any(pid in children() for pid in started)
+
+
+def test_an_interrupt_ends_the_wait_and_the_workers():
+    it = stream(num_workers=2, transform=loop)
+    timer = threading.Timer(0.7, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        next(it)
+    assert time.monotonic() - began < 3
+    timer.join()
+
+
+def test_nothing_stays_open():
+    assert are_equal(drawn(num_workers=2), drawn())  # what stays open once, stays
+    before = psutil.Process().num_fds()
+    for k in range(10):
+        hangs = {"transform": loop, "worker_timeout_s": 0.1} if k % 3 == 0 else {}
+        it = stream(num_workers=2, **hangs)
+        with contextlib.suppress(TimeoutError):
+            next(it)
+        it.close()
+    gc.collect()
+    assert psutil.Process().num_fds() <= before
 
 
 def all_end(pids):
