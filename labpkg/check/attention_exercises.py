@@ -273,8 +273,8 @@ _MERGE_ATTENTION = Exercise(
         "the maximum over the pieces first": _naive_merged,
     },
     hint=(
-        "piece m has the weight exp(log_sums[m]) / sum over the pieces, for each "
-        "query; it is a softmax over dim 0"
+        "a piece is a numerator over a denominator, exp(log_sums[m]); the numerators "
+        "of all pieces add up, and so do the denominators"
     ),
 )
 
@@ -363,7 +363,7 @@ _ATTENTION_GRADIENT = Exercise(
         ),
     },
     hint=(
-        "dv = p^T grad; dp = grad v^T; ds = p * (dp - sum of p * dp over the row); dq "
-        "= ds k / sqrt(H); dk = ds^T q / sqrt(H)"
+        "go back one step at a time and compare each with autograd: o = p v gives dv "
+        "and dp; p = softmax(z) gives dz, row by row; z = q k^T / sqrt(H) gives dq, dk"
     ),
 )

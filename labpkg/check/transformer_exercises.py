@@ -156,7 +156,11 @@ _GPT_PARAMETERS = Exercise(
             lambda L, D, F, V, T: _count(L, D, F, V, T) + L * (7 * D + F) + D
         ),
     },
-    hint="(V + T) D + L (4 D^2 + 2 D F + 2 D) + D",
+    hint=(
+        "list the parts: vectors of tokens and positions; in each block attention's "
+        "matrices, two of the feed-forward part and two norms; the norm before the "
+        "output"
+    ),
     rtol=1e-6,  # whole numbers, perhaps as floats
 )
 
