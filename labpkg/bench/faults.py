@@ -319,8 +319,12 @@ def kill_kernel(name: str = "infinite loop in C") -> float:
         name: A fault that hangs, in which the ranks are meanwhile.
 
     Raises:
+        ValueError: If the fault is no hang.
         RuntimeError: If a process is left 10 s later.
     """
+    if not FAULTS[name].hangs:
+        hangs = ", ".join(it for it, fault in FAULTS.items() if fault.hangs)
+        raise ValueError(f"name={name!r} is no hang; choose one of {hangs}")
     command = [sys.executable, "-c", _KERNEL.format(name=name)]
     null = subprocess.DEVNULL
     with subprocess.Popen(command, stdout=null, stderr=null) as kernel:

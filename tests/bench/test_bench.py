@@ -1,5 +1,6 @@
 """The form of the answer; how fast something is says `labpkg bench` itself."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from labpkg.bench import (
     cross_entropy,
     data_loading,
     data_parallel,
+    faults,
     optimizers,
     train,
 )
@@ -125,3 +127,30 @@ def test_a_collective_that_returns_something_else_is_no_result():
     collectives._check(right)
     with pytest.raises(RuntimeError, match="labpkg:ring returns"):
         collectives._check({**right, "labpkg:ring": torch.zeros(3)})
+
+
+def test_faults_are_measured_against_the_time_that_is_wanted(monkeypatch):
+    names = ["sys.exit", "infinite loop in C"]
+    monkeypatch.setattr(faults, "FAULTS", {name: faults.FAULTS[name] for name in names})
+    rows = faults.rows(quick=True)
+    assert all(set(row) == ROW for row in rows)
+    variants = [(row["config"].split(":")[0], row["variant"]) for row in rows]
+    assert variants == [
+        ("a rank fails", "sys.exit"),
+        ("a rank hangs", "infinite loop in C"),
+        ("an interrupt", "infinite loop in C"),
+        ("the kernel is killed", "SIGKILL"),
+    ]
+    assert all(0 < row["wall_ratio"] < 2 for row in rows)
+    assert rows[1]["value"] / rows[1]["wall_ratio"] == pytest.approx(2.5)
+
+
+def test_a_fault_that_is_reported_otherwise_is_no_result(monkeypatch, world4):
+    fault = dataclasses.replace(faults.FAULTS["sys.exit"], says="SystemExit: 4")
+    monkeypatch.setitem(faults.FAULTS, "sys.exit", fault)
+    with pytest.raises(RuntimeError, match=r"rank 2 is reported as rank 2: SystemExit"):
+        faults.measure(world4, "sys.exit", guilty=2)
+    with pytest.raises(RuntimeError, match=r"'sleep' of rank 9 is not noticed"):
+        faults.measure(world4, "sleep", guilty=9)  # nobody
+    with pytest.raises(ValueError, match=r"'sys.exit' is no hang; .*SIGSTOP, sleep"):
+        faults.kill_kernel("sys.exit")
