@@ -193,12 +193,15 @@ class _Trial:
 
 def _as_tensor(value: Any) -> Tensor | None:
     """Return a number, array or tensor as a float64 tensor on the CPU, else None."""
-    if isinstance(value, (bool, int, float, np.ndarray, np.generic)):
-        # numpy first: torch makes float32 of a float.
-        value = torch.as_tensor(np.asarray(value), device="cpu")
-    if not isinstance(value, Tensor) or value.is_complex():
+    try:
+        if isinstance(value, (bool, int, float, np.ndarray, np.generic)):
+            # numpy first: torch makes float32 of a float.
+            value = torch.as_tensor(np.asarray(value), device="cpu")
+        if not isinstance(value, Tensor) or value.is_complex():
+            return None
+        return value.detach().to("cpu", torch.float64).to_dense()
+    except (TypeError, RuntimeError):  # an array of text, a tensor without data
         return None
-    return value.detach().to("cpu", torch.float64)
 
 
 def _kind(value: Any) -> str:

@@ -234,6 +234,7 @@ class _Recipe:
         bias: Whether b is trained.
         watches_training: Whether the training loss decides instead of the validation's.
         patient: Whether the run stops after `patience` epochs.
+        late: How many epochs it stops too late.
         keeps_best: Whether the weights of the best epoch are returned, not the last.
         tests_first: Whether an epoch is evaluated before its step.
         first: The number of the first epoch.
@@ -244,6 +245,7 @@ class _Recipe:
     bias: bool = True
     watches_training: bool = False
     patient: bool = True
+    late: int = 0
     keeps_best: bool = True
     tests_first: bool = False
     first: int = 1
@@ -273,7 +275,7 @@ class _Recipe:
             waited += 1
             if loss < best:
                 best, kept, waited = loss, (epoch, w, b), 0
-            if self.patient and waited == patience:
+            if self.patient and waited == patience + self.late:
                 break
         return kept if self.keeps_best else (kept[0], w, b)
 
@@ -315,7 +317,7 @@ _WHOLE_RUN = Exercise(
         _task(2, 0.5, 5, 40),
         _task(4, 0.5, 3, 40),
         _task(42, 12.0, 3, 40),  # the loss jumps: a lower one follows the stop
-        _task(7, 20.0, 3, 40),
+        _task(31, 12.0, 3, 40),  # and it follows at once
         _task(31, 0.5, 3, 40),  # the end comes first
         _task(3, 2.0, 1, 10),  # the first epoch is the best
     ],
@@ -341,6 +343,10 @@ _WHOLE_RUN = Exercise(
         "x_val": _Recipe(scale=_by_train, watches_training=True),
         "the run never stops early: break when `patience` epochs brought no new "
         "minimum": _Recipe(scale=_by_train, patient=False),
+        "one epoch too many: stop as soon as `patience` epochs brought no new "
+        "minimum": _Recipe(scale=_by_train, late=1),
+        "one epoch too few: `patience` epochs without a new minimum are "
+        "allowed": _Recipe(scale=_by_train, late=-1),
         "these are the weights of the last epoch; keep a copy at each new minimum and "
         "return that": _Recipe(scale=_by_train, keeps_best=False),
         "the validation loss of an epoch is taken after its step": _Recipe(

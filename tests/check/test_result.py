@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,13 @@ def test_a_returned_input_is_named():
         (lambda x: [2 * x], "return a tensor of shape (2,), not a list of 1"),
         (lambda x: "four", "return a tensor of shape (2,), not a str"),
         (lambda x: x + 2j, "return a tensor of shape (2,), not a Tensor"),
+        (lambda x: x.to("meta"), "return a tensor of shape (2,), not a Tensor"),
+        (lambda x: x.to_sparse(), "returns its argument unchanged"),
+        (
+            lambda x: np.array(["4", "8"]),
+            "return a tensor of shape (2,), not a ndarray",
+        ),
+        (lambda x: 10**400, "return a tensor of shape (2,), not a int"),
         (lambda x: x * torch.nan, "multiply by two"),
     ],
 )

@@ -104,6 +104,10 @@ def last_weights(x, y, x_val, y_val, lr, patience, max_epochs):
     return best, *whole_run(x, y, x, y, lr, epochs, epochs)[1:]
 
 
+def with_patience(change):
+    return lambda *case: whole_run(*case[:5], case[5] + change, case[6])
+
+
 def without_patience(x, y, x_val, y_val, lr, patience, max_epochs):
     return whole_run(x, y, x_val, y_val, lr, max_epochs, max_epochs)
 
@@ -138,6 +142,8 @@ WRONG = [
     ("whole_run", lambda x, *rest: x, "returns its argument"),
     ("whole_run", last_weights, "weights of the last epoch"),
     ("whole_run", without_patience, "never stops early"),
+    ("whole_run", with_patience(+1), "one epoch too many"),
+    ("whole_run", with_patience(-1), "one epoch too few"),
     ("whole_run", watching_training, "the training loss decides here"),
     (
         "whole_run",
