@@ -105,7 +105,9 @@ def last_weights(x, y, x_val, y_val, lr, patience, max_epochs):
 
 
 def with_patience(change):
-    return lambda *case: whole_run(*case[:5], case[5] + change, case[6])
+    return lambda x, y, v, t, lr, patience, epochs: whole_run(
+        x, y, v, t, lr, patience + change, epochs
+    )
 
 
 def without_patience(x, y, x_val, y_val, lr, patience, max_epochs):
