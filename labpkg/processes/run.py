@@ -34,6 +34,7 @@ _GRACE_S = 0.3  # for more failures after the first one
 _VICTIM_S = 1.5  # for the culprit to show after a lost connection
 _STACK_S = 0.8  # for a rank to say where it is
 _SIGNAL_S = 0.3  # for a signal handler to do it instead
+_REST_S = 0.05  # for the rest of what it writes
 _END_S = 2.0  # for killed processes to be gone
 _TAIL_BYTES = 8000  # of output kept for the error of a rank that leaves no traceback
 
@@ -262,8 +263,9 @@ class Run:
             rank.tail = b""
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, signal.SIGUSR1)
+        self._pump(lambda: all(rank.tail for rank in silent), _SIGNAL_S)
         if silent:
-            self._pump(lambda: False, _SIGNAL_S)
+            self._pump(lambda: False, _REST_S)
         for rank in silent:
             stack = rank.tail.decode(errors="replace") or "no stack: no answer\n"
             self._where[rank.number] = Where(stack=stack)
