@@ -29,6 +29,7 @@ import socket
 import struct
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -124,6 +125,7 @@ class Channel:
         self._peers, self._buffers = peers, buffers
         self._stride = _HALF_BYTES // self.size // _ALIGNMENT * _ALIGNMENT
         self._half = 0
+        _channels.add(self)
         self.tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -154,10 +156,11 @@ class Channel:
             while (task := self.tasks.get()) is not None:
                 broken = task.do(broken) or broken
                 if broken is not None:  # peers must not wait for this rank
-                    self._hang_up()
-        self._hang_up()
+                    self.hang_up()
+        self.hang_up()
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
+        """Close this process's ends of the sockets."""
         for peer in self._peers.values():
             peer.close()
 
@@ -216,7 +219,7 @@ class Channel:
         """Tell every peer which call this is, then hear the same from every peer."""
         said = call.encode()
         for peer in self._peers.values():
-            with contextlib.suppress(BrokenPipeError):  # what it said is still there
+            with contextlib.suppress(ConnectionError):  # what it said is still there
                 peer.send(said)
         calls = {rank: self._hear(rank, call) for rank in self._peers}
         if any(heard != call for heard in calls.values()):
@@ -238,6 +241,20 @@ class Channel:
         return heard.decode()
 
 
+# A worker of a DataLoader is a fork of its rank. Did it keep the sockets open, peers
+# would wait for a rank that has left.
+_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+def _hang_up_in_child() -> None:
+    for channel in list(_channels):
+        channel.hang_up()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_hang_up_in_child)
+
+
 def open_channel(
     rank: int, size: int, *, swap: Callable[[Any], list[Any]], timeout_s: float
 ) -> Channel | None:
@@ -256,7 +273,10 @@ def open_channel(
     own = _Offer.make(size, timeout_s)
     offers = swap(own and (own.host, own.address))
     hosts = {offer and offer[0] for offer in offers}
-    if own is None or len(hosts) > 1:
+    if own is None:
+        return None
+    if len(hosts) > 1:
+        own.withdraw()
         return None
     return own.accept(rank, [address for _, address in offers])
 
@@ -280,12 +300,15 @@ class _Offer:
             listener.bind(f"\0labpkg-{secrets.token_hex(16)}")
             listener.listen(size)
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            network = os.stat(
-                "/proc/self/ns/net"
-            ).st_ino  # abstract names are per network
+            # Abstract names are per network.
+            network = os.stat("/proc/self/ns/net").st_ino
         except OSError:
             return None
         return cls(file, listener, f"{boot} {network} {os.getuid()}")
+
+    def withdraw(self) -> None:
+        self.listener.close()
+        os.close(self.file)
 
     def accept(self, rank: int, addresses: list[str]) -> Channel:
         """Connect to the ranks below, accept those above, swap files with all."""

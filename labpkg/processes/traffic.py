@@ -5,8 +5,8 @@
 it out inside an `off` block.
 
 The state below is process-wide on purpose: autograd runs backward in threads of its
-own, which see no context variables of the caller. Besides `ForkServer._current` it is
-the only one in the library.
+own, which see no context variables of the caller. The library has no other such state,
+but for `ForkServer._current` and the open channels of shared memory.
 
 Chapter: processes/collectives.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -108,11 +109,15 @@ def test_without_shared_memory_all_ranks_take_messages(world4, why):
             if rank != 2:
                 return offer
             if why == "no memory":
+                offer.withdraw()
                 return None
             offer.host = "another"
             return offer
 
         shared_memory._Offer.make = changed
+        num_files = len(os.listdir("/proc/self/fd"))
+        lab.all_reduce(torch.ones(1000, device="cpu"))
+        assert len(os.listdir("/proc/self/fd")) == num_files  # nothing stays open
         x = torch.arange(1000.0, device="cpu") * (rank + 1)
         total, part = lab.all_reduce(x), lab.reduce_scatter(x)
         assert torch.equal(lab.all_gather(part), total)
@@ -146,6 +151,42 @@ def test_a_killed_peer_is_noticed_at_once_and_blamed(world2):
     with pytest.raises(lab.RankError, match="rank 1: killed by SIGKILL"):
         world2.run(die)
     assert time.monotonic() - start < 2
+
+
+def test_a_peer_that_left_with_unread_words_is_still_heard():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    buffers = [torch.zeros(2**22, dtype=torch.uint8, device="cpu") for _ in range(2)]
+    channel = shared_memory.Channel(0, {1: ours}, buffers)
+    theirs.send(b"all_gather of 7 torch.bool")
+    ours.send(b"never read")
+    theirs.close()  # hence sending to it is an error, "Connection reset by peer"
+    with pytest.raises(shared_memory.MismatchError, match="all_gather of 7"):
+        channel.all_reduce(torch.ones(5000, device="cpu"), "sum").wait()
+    channel.tasks.put(None)
+    channel._thread.join(5)
+
+
+def test_a_child_of_a_rank_does_not_keep_its_peers_waiting(world2):
+    def leave():
+        x = torch.ones(5000, device="cpu")
+        lab.all_reduce(x)
+        if dist.get_rank() == 0:
+            start = time.monotonic()
+            with pytest.raises(RuntimeError, match="rank 1 has left"):
+                lab.all_reduce(x)
+            assert time.monotonic() - start < 4
+            lab.barrier()
+        else:
+            child = os.fork()  # as a worker of a DataLoader
+            if child == 0:
+                time.sleep(8)
+                os._exit(0)
+            channels()[0].tasks.put(None)
+            lab.barrier()
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+    world2.run(leave)
 
 
 def test_a_broken_channel_refuses_what_comes_later(world2):
