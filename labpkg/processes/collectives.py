@@ -44,6 +44,10 @@ def _check_op(op: str, x: Tensor) -> None:
         raise ValueError(
             f"op='mean' of {x.dtype} is not exact; convert to a float first"
         )
+    if x.is_complex() and op not in ("sum", "mean"):
+        raise ValueError(
+            f"op={op!r} of {x.dtype}: no backend offers it; choose sum or mean"
+        )
 
 
 def _check_no_grad(op: str, x: Tensor) -> None:
@@ -95,7 +99,8 @@ def all_reduce_(
         The transfer in flight; call `.wait()` before reading `x`.
 
     Raises:
-        ValueError: For an unknown `op`, an integer mean or a mesh of several axes.
+        ValueError: For an unknown `op`, an integer mean, a complex `op` other than sum
+            and mean, or a mesh of several axes.
 
     Communication: 2 (n - 1) / n of the bytes of `x` per rank.
     """
@@ -227,8 +232,9 @@ def all_reduce(
         A new tensor of the shape of `x`.
 
     Raises:
-        ValueError: For an unknown `op`, an integer mean, a mesh of several axes, or a
-            gradient through `max`, `min` or `product`.
+        ValueError: For an unknown `op`, an integer mean, a complex `op` other than sum
+            and mean, a mesh of several axes, or a gradient through `max`, `min` or
+            `product`.
 
     Communication: 2 (n - 1) / n of the bytes of `x` per rank forward, the same
     backward.
