@@ -88,18 +88,16 @@ class _Rank:
 def _simulated(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of the case, which adds when it returned and what is left."""
 
-    def run(texts: list[str], limit_s: float) -> Any:
+    def run(texts: list[str], limit_s: float, _: str) -> Any:
         clock = _Clock()
         ranks = [_Rank(clock, text) for text in texts]
         answer = fn(ranks, limit_s, clock)
-        if answer is ranks:
-            return texts
+        if answer is None or answer is ranks:
+            return None if answer is None else texts
         left = sum(rank.poll() is None for rank in ranks)
-        if not isinstance(answer, (list, tuple)) or len(answer) != 2:
-            return answer
         late_s = clock.now_s - _reference_end_s(texts, limit_s)
         when = "in time" if -0.01 <= late_s <= 0.2 else f"at {clock.now_s:.1f} s"
-        return [*answer, when, f"{left} processes left"]
+        return [answer, when, f"{left} processes left"]
 
     return run
 
@@ -164,17 +162,17 @@ def _mistake(**options: Any) -> Callable[..., Any]:
 _GOOD, _LATER = "exit 0 after 0.5 s", "exit 0 after 3 s"
 _SUPERVISE = Exercise(
     name="supervise",
-    arguments=("ranks", "limit_s"),
+    arguments=("ranks", "limit_s", "clock"),
     reference=_mistake(),
     cases=[
-        ([_GOOD, _GOOD, _LATER], 20),
-        ([_GOOD, "exit 3 after 1 s"], 20),
-        (["signal 9 after 1 s", "exit 0 after 1 s"], 20),
-        (["exit 1 after 2 s", "exit 2 after 1 s", _LATER], 20),
-        (["exit 0 after 9 s", "exit 4 after 1 s"], 20),
-        (["exit 0 after 9 s", "signal 11 after 8.5 s"], 5),
-        ([_GOOD, "runs for ever", "runs for ever"], 2),
-        (["runs for ever", "exit 1 after 1 s"], 20),
+        ([_GOOD, _GOOD, _LATER], 20, "simulated"),
+        ([_GOOD, "exit 3 after 1 s"], 20, "simulated"),
+        (["signal 9 after 1 s", "exit 0 after 1 s"], 20, "simulated"),
+        (["exit 1 after 2 s", "exit 2 after 1 s", _LATER], 20, "simulated"),
+        (["exit 0 after 9 s", "exit 4 after 1 s"], 20, "simulated"),
+        (["exit 0 after 9 s", "signal 11 after 8.5 s"], 5, "simulated"),
+        ([_GOOD, "runs for ever", "runs for ever"], 2, "simulated"),
+        (["runs for ever", "exit 1 after 1 s"], 20, "simulated"),
     ],
     mistakes={
         "a rank that ends with 0 has ended well": _mistake(zero_fails=True),
@@ -182,6 +180,9 @@ _SUPERVISE = Exercise(
             _mistake(knows_signals=False)
         ),
         "kill the processes that still run before you return": _mistake(kills=False),
+        "a rank that ends with 0 has ended well, and what still runs must be killed": (
+            _mistake(zero_fails=True, kills=False)
+        ),
         "a rank that fails must be noticed while the others run: ask each with poll(), "
         "instead of waiting for one after the other": _simulated(_one_by_one),
         "return at the first failure; do not go on until all have ended": (
@@ -196,7 +197,8 @@ _SUPERVISE = Exercise(
         "of the ranks that still run, blame the lowest": _mistake(blames=max),
     },
     hint=(
-        "poll() every rank, then sleep a little, and again, until one has failed, all "
-        "have ended or the time is up; at the end kill what still runs"
+        "return the pair (rank, reason): poll() every rank, then sleep a little, and "
+        "again, until one has failed, all have ended or the time is up; at the end "
+        "kill what still runs"
     ),
 )
