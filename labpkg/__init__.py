@@ -27,7 +27,7 @@ _EXPORTS = {
     "cross_entropy": "foundations.losses",
     "SGD": "foundations.optimizers",
     "AdamW": "foundations.optimizers",
-    "constant": "foundations.learning_rates",
+    "warmup_constant": "foundations.learning_rates",
     "inverse_sqrt": "foundations.learning_rates",
     "warmup_cosine": "foundations.learning_rates",
     "warmup_linear": "foundations.learning_rates",
@@ -85,8 +85,8 @@ if TYPE_CHECKING:
     from labpkg import plot as plot
     from labpkg.display import show as show
     from labpkg.foundations.data import batches as batches
-    from labpkg.foundations.learning_rates import constant as constant
     from labpkg.foundations.learning_rates import inverse_sqrt as inverse_sqrt
+    from labpkg.foundations.learning_rates import warmup_constant as warmup_constant
     from labpkg.foundations.learning_rates import warmup_cosine as warmup_cosine
     from labpkg.foundations.learning_rates import warmup_linear as warmup_linear
     from labpkg.foundations.losses import cross_entropy as cross_entropy

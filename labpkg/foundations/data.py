@@ -118,9 +118,9 @@ def _steps_of(
 ) -> range:
     one_epoch = -(-num_samples // global_batch_size)
     last_step = one_epoch if steps is None else steps
-    if not 0 <= start_step <= last_step:
+    if not isinstance(start_step, Integral) or not 0 <= start_step <= last_step:
         raise ValueError(
-            f"start_step={start_step} is not in the run of {last_step} steps; choose "
+            f"start_step={start_step!r} is not in the run of {last_step} steps; choose "
             f"0 to {last_step}, or more steps"
         )
     return range(start_step, last_step)

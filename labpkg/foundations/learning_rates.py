@@ -19,7 +19,7 @@ from collections.abc import Callable
 _WARMUP = 0.05  # part of the steps, unless the caller says how many
 
 
-def constant(step: int, *, peak: float, warmup: int = 0) -> float:
+def warmup_constant(step: int, *, peak: float, warmup: int = 0) -> float:
     """Return the learning rate of a step: the peak, after a linear rise.
 
     Args:
@@ -108,7 +108,8 @@ def inverse_sqrt(step: int, *, peak: float, warmup: int) -> float:
             f"warmup={warmup} must be 1 or more: the rate falls from there on; choose "
             "e.g. warmup=100"
         )
-    return constant(step, peak=peak, warmup=warmup) * min(1.0, (warmup / step) ** 0.5)
+    rate = warmup_constant(step, peak=peak, warmup=warmup)  # checks the step
+    return rate * min(1.0, (warmup / step) ** 0.5)
 
 
 def _rise_and_fall(
@@ -137,7 +138,7 @@ def _rise_and_fall(
 
 
 def _check(step: int, peak: float, warmup: int) -> None:
-    if step < 1:
+    if not step >= 1:  # also refuses nan
         raise ValueError(f"step={step} must be 1 or more; count the first step as 1")
     if not 0 <= peak < math.inf:  # also refuses nan
         raise ValueError(

@@ -214,9 +214,10 @@ class GPT(nn.Module):
                 f"prompt must be (B, T) with T >= 1, got {tuple(prompt.shape)}; add "
                 "the batch dim with prompt[None], start with at least one token"
             )
-        if num_tokens < 0 or temperature < 0:
+        if num_tokens < 0 or not 0 <= temperature < torch.inf:  # also refuses nan
             raise ValueError(
-                f"num_tokens={num_tokens} and temperature={temperature} must be >= 0"
+                f"num_tokens={num_tokens} and temperature={temperature} must be finite "
+                "and at least 0; choose e.g. temperature=1.0"
             )
         longest = self.config.sequence_length
         caches = [KVCache() for _ in self.blocks] if cache else None

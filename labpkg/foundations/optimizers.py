@@ -179,6 +179,10 @@ class AdamW(_ListOptimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         _require_at_least_zero(group, "lr", "eps", "weight_decay")
+        if len(group["betas"]) != 2:
+            raise ValueError(
+                f"betas={group['betas']} must be two numbers; choose e.g. (0.9, 0.999)"
+            )
         for beta in group["betas"]:
             _require_below_one("betas", beta)
 

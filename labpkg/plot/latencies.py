@@ -37,7 +37,8 @@ def time_by_size(
         The axes.
 
     Raises:
-        ValueError: If there is nothing to draw, or formulas have no `xlim` to cover.
+        ValueError: If there is nothing to draw, if formulas have no `xlim` to cover, or
+            for a size of 0.
     """
     points = {name: sorted(pairs) for name, pairs in (measured or {}).items()}
     sizes = [size for pairs in points.values() for size, _ in pairs]
@@ -45,6 +46,11 @@ def time_by_size(
         raise ValueError(
             f"nothing to draw: measured={list(points)}, theory={list(theory or {})}, "
             "xlim=None; pass measurements, or formulas and xlim=(1e3, 1e9)"
+        )
+    if sizes and min(sizes) <= 0:
+        raise ValueError(
+            f"a size of {min(sizes):g} bytes has no place on a logarithmic axis; leave "
+            "such samples out"
         )
     low, high = xlim or (min(sizes), max(sizes))
     grid = [low * (high / low) ** (i / (_GRID - 1)) for i in range(_GRID)]

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labpkg.foundations.learning_rates import (
-    constant,
     inverse_sqrt,
+    warmup_constant,
     warmup_cosine,
     warmup_linear,
 )
@@ -68,8 +68,8 @@ def test_inverse_sqrt_is_the_formula_of_the_transformer():
 
 
 def test_constant_with_and_without_warmup():
-    assert [constant(s, peak=0.5) for s in (1, 2, 900)] == [0.5, 0.5, 0.5]
-    rates = [constant(s, peak=0.8, warmup=4) for s in range(1, 7)]
+    assert [warmup_constant(s, peak=0.5) for s in (1, 2, 900)] == [0.5, 0.5, 0.5]
+    rates = [warmup_constant(s, peak=0.8, warmup=4) for s in range(1, 7)]
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
 
 
@@ -98,10 +98,13 @@ def test_a_run_that_is_all_warm_up_ends_at_the_peak(schedule):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: constant(0, peak=1.0), "count the first step as 1"),
-        (lambda: constant(1, peak=-1.0), r"peak=-1\.0 must be"),
-        (lambda: constant(1, peak=math.nan), "peak=nan must be"),
-        (lambda: constant(1, peak=1.0, warmup=-3), "warmup=-3 is a number of steps"),
+        (lambda: warmup_constant(0, peak=1.0), "count the first step as 1"),
+        (lambda: warmup_constant(1, peak=-1.0), r"peak=-1\.0 must be"),
+        (lambda: warmup_constant(1, peak=math.nan), "peak=nan must be"),
+        (
+            lambda: warmup_constant(1, peak=1.0, warmup=-3),
+            "warmup=-3 is a number of steps",
+        ),
         (lambda: warmup_cosine(11, peak=1.0, steps=10), "step=11 .* steps=10"),
         (lambda: warmup_linear(1, peak=1.0, steps=5, warmup=6), "warmup=6 .* steps=5"),
         (lambda: warmup_linear(1, peak=1.0, steps=5, floor=1.5), r"floor=1\.5"),

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -285,5 +287,7 @@ def test_bad_input_raises():
         model.generate(make_tokens()[0], num_tokens=1)
     with pytest.raises(ValueError, match=r"temperature=-1"):
         model.generate(make_tokens(), num_tokens=1, temperature=-1)
+    with pytest.raises(ValueError, match="temperature=nan"):
+        model.generate(make_tokens(), num_tokens=1, temperature=math.nan)
     with pytest.raises(ValueError, match="width=24 is not divisible by num_heads=5"):
         make_gpt(num_heads=5)

@@ -194,6 +194,7 @@ def test_step_calls_the_closure_with_gradients_on():
         (SGD, {"lr": 0.1, "momentum": 1.0}, r"momentum has the value 1\.0"),
         (SGD, {"lr": 0.1, "nesterov": True}, "has no effect; choose momentum"),
         (AdamW, {"lr": float("inf")}, "lr=inf"),
+        (AdamW, {"lr": 0.1, "betas": (0.9,) * 3}, "must be two numbers"),
         (AdamW, {"lr": 0.1, "betas": (0.9, 1.0)}, r"betas has the value 1\.0"),
         (AdamW, {"lr": 0.1, "eps": -1e-8}, "eps=-1e-08"),
     ],

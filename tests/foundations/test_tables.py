@@ -156,6 +156,14 @@ def test_without_noise_spirals_are_the_formula():
     torch.testing.assert_close(x.double(), expected, atol=1e-6, rtol=0)
 
 
+def test_noise_turns_the_points_of_spirals_by_its_size():
+    x, y = spirals(3000, noise=0.05, seed=0).tensors
+    radius = x.double().norm(dim=1)
+    turned = x.double()[:, 1].atan2(x[:, 0]) - (2 * math.pi * y / 3 + 4 * radius)
+    turned = (turned + math.pi) % (2 * math.pi) - math.pi
+    assert 0.045 < turned.std() < 0.055
+
+
 def test_no_straight_line_tells_spirals_apart_and_their_classes_are_even():
     x, y = spirals(1000, noise=0.1, seed=0).tensors
     assert torch.bincount(y).tolist() == [334, 333, 333]

@@ -64,6 +64,11 @@ def test_draws_on_the_axes_that_it_is_given():
     assert not left.lines
 
 
+def test_a_size_of_zero_is_refused():
+    with pytest.raises(ValueError, match="0 bytes has no place on a log"):
+        plot.time_by_size({"send": [(0, 1e-4), (8, 2e-4)]})
+
+
 @pytest.mark.parametrize("given", [{}, {"theory": {"t": lambda S: S}}])
 def test_nothing_to_draw_is_an_error(given):
     with pytest.raises(ValueError, match=r"nothing to draw: .*xlim=\(1e3, 1e9\)"):
