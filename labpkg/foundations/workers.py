@@ -8,27 +8,32 @@ hangs, the signal that killed one, and no process left behind.
 
 Workers are forked: data is shared instead of copied, and functions of notebook cells
 need no pickling. Each has one thread and must touch neither a GPU nor a collective.
+A result travels in one anonymous memory file, whose descriptor is sent: torch's own way
+has a listening socket in the file system for each worker, which a killed one leaves
+there, and connects to it for each tensor.
 
 Chapter: processes/data_loading.
 """
 
 from __future__ import annotations
 
+import array
 import contextlib
 import faulthandler
 import itertools
 import math
-import multiprocessing
+import mmap
 import os
 import pickle
 import signal
+import socket
 import tempfile
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import cloudpickle
 import torch
@@ -39,6 +44,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 _NOT_STARTED, _IDLE = -2, -1
 _WATCH_S = 0.5
+_ALIGNMENT = 64  # bytes
 _STACK_S = 1.0  # a worker that does not answer in this time is stopped
 
 
@@ -99,7 +105,7 @@ def map_ahead(
                 raise work.explained(error, results, number, late, describe) from None
             if isinstance(result, _Failure):
                 raise result.error() from WorkerTraceback(result.text)
-            yield result
+            yield work.received(result)
     finally:
         work.end(results)
 
@@ -155,11 +161,50 @@ class _Failure:
         return RuntimeError(self.text.splitlines()[-1])
 
 
+class _Result:
+    """What a worker tells of its tensors, which wait in a memory file."""
+
+    def __init__(self, worker: int, tensors: tuple[Tensor, ...]) -> None:
+        self.worker = worker
+        self.forms = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        sizes = [-tensor.nbytes // _ALIGNMENT * -_ALIGNMENT for tensor in tensors]
+        self.offsets = list(itertools.accumulate(sizes, initial=0))
+        self.size = max(self.offsets.pop(), _ALIGNMENT)
+
+    def send(self, channel: socket.socket, tensors: tuple[Tensor, ...]) -> None:
+        with _memory_file() as file:
+            file.truncate(self.size)
+            for tensor, offset in zip(tensors, self.offsets, strict=True):
+                file.seek(offset)
+                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            file.flush()
+            socket.send_fds(channel, [b"r"], [file.fileno()])
+
+    def receive(self, channel: socket.socket) -> tuple[Tensor, ...]:
+        _, (fd,), _, _ = socket.recv_fds(channel, 1, 1)
+        with open(fd, "r+b") as file:
+            memory = mmap.mmap(file.fileno(), self.size)  # as long as a tensor lives
+        return tuple(
+            torch.frombuffer(
+                memory, dtype=dtype, count=shape.numel(), offset=offset
+            ).view(shape)
+            if shape.numel()
+            else torch.empty(shape, dtype=dtype, device="cpu")
+            for (dtype, shape), offset in zip(self.forms, self.offsets, strict=True)
+        )
+
+
+def _memory_file() -> IO[bytes]:
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("labpkg-worker"), "w+b")
+    return tempfile.TemporaryFile()  # macOS
+
+
 class _Work(Dataset[Any]):
     """The function as a data set of its results, and a record of who is at what.
 
-    It is copied into the workers by the fork; `doing` is shared memory, and `log` an
-    open file.
+    It is copied into the workers by the fork; `doing` is shared memory, `log` an open
+    file, and `channels` are sockets that carry the memory of results.
     """
 
     def __init__(
@@ -167,7 +212,9 @@ class _Work(Dataset[Any]):
     ) -> None:
         self.function, self.num_workers = function, num_workers
         self.own_files, self.parent = own_files, os.getpid()
-        self.doing = multiprocessing.RawArray("q", [_NOT_STARTED] * num_workers)
+        self.doing = memoryview(mmap.mmap(-1, 8 * num_workers)).cast("q")
+        self.doing[:] = array.array("q", [_NOT_STARTED] * num_workers)
+        self.channels = [socket.socketpair() for _ in range(num_workers)]
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - until `end`
 
     # ---- in a worker ----------------------------------------------------------------
@@ -183,8 +230,10 @@ class _Work(Dataset[Any]):
         worker: Any = get_worker_info()
         self.doing[worker.id] = number
         try:
-            result = self.function(*task)
-            _require_transferable(result)
+            tensors = self.function(*task)
+            _require_transferable(tensors)
+            result = _Result(worker.id, tensors)
+            result.send(self.channels[worker.id][1], tensors)
         except (Exception, SystemExit) as error:
             result = _Failure(error, self.own_files)
         self.doing[worker.id] = _IDLE
@@ -197,6 +246,10 @@ class _Work(Dataset[Any]):
         os.kill(os.getpid(), signal.SIGKILL)
 
     # ---- in the process that started them -------------------------------------------
+
+    def received(self, result: _Result) -> tuple[Tensor, ...]:
+        """Return the tensors of a result; those of a worker are asked for in order."""
+        return result.receive(self.channels[result.worker][0])
 
     def explained(
         self,
@@ -268,7 +321,8 @@ class _Work(Dataset[Any]):
                 process.terminate()
                 os.kill(process.pid, signal.SIGCONT)
         results._shutdown_workers()
-        self.log.close()
+        for file in (self.log, *itertools.chain(*self.channels)):
+            file.close()
 
 
 def _how_it_ended(exitcode: int) -> str:
@@ -280,11 +334,14 @@ def _how_it_ended(exitcode: int) -> str:
     return f"was killed by {name}{reason}"
 
 
-def _require_transferable(result: tuple[Tensor, ...]) -> None:
-    for tensor in result:
-        if tensor.device.type != "cpu" or tensor.requires_grad:
+def _require_transferable(tensors: tuple[Tensor, ...]) -> None:
+    for tensor in tensors:
+        is_plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
+        if tensor.requires_grad or not is_plain:
             kind = "that requires grad" if tensor.requires_grad else "on a device"
+            if tensor.layout != torch.strided:
+                kind = f"of layout {tensor.layout}"
             raise ValueError(
-                f"a worker made a tensor {kind}, but only values on the CPU can be "
-                "sent; use torch.no_grad() and the CPU, or num_workers=0"
+                f"a worker made a tensor {kind}, but only dense values on the CPU can "
+                "be sent; use torch.no_grad() and the CPU, or num_workers=0"
             )

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -190,6 +191,33 @@ def test_tensors_arrive_on_the_default_device():
     del it
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16),
+        *(torch.bfloat16, torch.float64, torch.complex64),
+    ],
+)
+def test_any_dtype_and_shape_arrives(dtype):
+    def several(columns, positions):
+        wide = torch.arange(60).view(4, 3, 5).to(dtype)
+        return wide, wide.transpose(1, 2), wide[:, :0], wide[:, 0, 0], columns[0]
+
+    got = next(stream(transform=several))
+    assert are_equal([got], [next(stream(transform=several, num_workers=0))])
+    got[0].zero_()  # it is the reader's own memory
+    assert not got[0].any()
+    assert got[1].any()
+
+
+def test_large_batches_arrive():
+    def large(columns, positions):
+        return (positions[:, None] + torch.arange(10**6),)
+
+    for k, (x,) in enumerate(stream(num_workers=2, transform=large, steps=4)):
+        assert torch.equal(x[:, 7], torch.arange(4) + 4 * k + 7)
+
+
 # ---- errors --------------------------------------------------------------------------
 
 
@@ -257,6 +285,8 @@ def test_what_cannot_be_sent_is_refused():
         next(stream(transform=lambda columns, _: (columns[0] * weight,)))
     with pytest.raises(ValueError, match=r"on a device.*num_workers=0"):
         next(stream(transform=lambda columns, _: (columns[0].to("meta"),)))
+    with pytest.raises(ValueError, match=r"of layout torch\.sparse_coo"):
+        next(stream(transform=lambda columns, _: (columns[0].to_sparse(),)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -458,6 +488,17 @@ def all_end(pids):
             return True
         time.sleep(0.02)
     return False
+
+
+def test_no_file_is_left(tmp_path, monkeypatch):
+    # torch's workers make a folder with a socket here, which a killed one leaves.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    it = stream(num_workers=2)
+    next(it)
+    it.close()
+    with pytest.raises(TimeoutError):
+        next(stream(transform=loop, worker_timeout_s=0.2))
+    assert not list(tmp_path.iterdir())
 
 
 def _leave_workers():
