@@ -53,13 +53,17 @@ Variant = Callable[[Tensor], Tensor]
 
 
 def rows(
-    *, quick: bool = False, collectives: Sequence[str] = COLLECTIVES
+    *,
+    quick: bool = False,
+    collectives: Sequence[str] = COLLECTIVES,
+    device: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure collectives on all GPUs, or on two ranks on the CPU.
 
     Args:
         quick: The two smaller sizes and few rounds: the form of the answer.
         collectives: Which of the three.
+        device: `cpu` for the CPU even where there are GPUs.
 
     Returns:
         Rows as in `labpkg.bench.run`, milliseconds per call, and three more keys that
@@ -70,7 +74,7 @@ def rows(
         RuntimeError: If a variant returns something else than the base.
     """
     found = []
-    with World(timeout_s=None) as world:
+    with World(device=device, timeout_s=None) as world:
         place = f"{world.world_size} ranks on {world.device} ({world.backend})"
         for collective in collectives:
             for size, num_bytes in list(_SIZES.items())[: 2 if quick else None]:
