@@ -210,8 +210,9 @@ def main(
     arguments = (sock, threading.get_ident())
     threading.Thread(target=_listen, args=arguments, daemon=True).start()
     kind, file = _report(lambda: _run(number, load(payload_fd), listen_fd, sock))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(ValueError):  # the function has closed it
+            stream.flush()
     send_message(sock, kind, file)
     while True:  # peers may still need this rank: the kernel kills all together
         signal.pause()

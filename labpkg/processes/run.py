@@ -106,7 +106,7 @@ class _Rank:
         code = os.waitstatus_to_exitcode(status)
         summary = f"the process ended with exit code {code}"
         if code < 0:
-            summary = f"killed by {signal.Signals(-code).name}"
+            summary = f"killed by {_signal_name(-code)}"
         has_aborted = code == -signal.SIGABRT and not is_checked
         if has_aborted:
             summary += "; collectives that do not match abort: check=True names them"
@@ -270,6 +270,13 @@ class Run:
             stack = rank.tail.decode(errors="replace") or "no stack: no answer\n"
             self._where[rank.number] = Where(stack=stack)
         return self._where
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # Python names the first and the last real-time signal only
+        return f"signal {number}"
 
 
 def _is_stopped(pid: int) -> bool:

@@ -124,6 +124,16 @@ def test_output_is_live_and_may_be_long(world2, monkeypatch):
     assert sum(len(text) for _, text in seen) > 1_000_000
 
 
+def test_a_function_may_close_its_output(world2, capsys):
+    def close():
+        print("last words", end="")
+        sys.stdout.close()
+        return dist.get_rank()
+
+    assert world2.run(close) == [0, 1]
+    assert capsys.readouterr().out == "[0] last words\n"
+
+
 def test_progress_bars_end_lines_with_a_carriage_return(world2, capsys):
     world2.run(lambda: print("10%\r20%\rdone\r\nend"))
     assert capsys.readouterr().out == "[0] 10%\r[0] 20%\r[0] done\r\n[0] end\n"

@@ -191,6 +191,16 @@ def test_a_wrapped_connection_error_is_a_victim(world4):
     assert "lost a connection" in str(info.value.others)
 
 
+def test_a_signal_without_a_name(world2):
+    def die():
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGRTMIN + 6)
+        dist.barrier()
+
+    with pytest.raises(lab.RankError, match=r"rank 1: killed by signal \d+"):
+        world2.run(die)
+
+
 def test_check_explains_a_mismatch(world2):
     def sizes():
         dist.all_reduce(torch.ones(2 + dist.get_rank()))
