@@ -42,6 +42,7 @@ WANTED_S = 2.0
 MAX_RESULT_BYTES = 2**20
 _GUILTY = 1
 _HANG_S = 0.5
+_START_S = 60.0  # for a second kernel to start its ranks
 _LARGE = 1000  # elements, for collectives through shared memory
 
 
@@ -320,23 +321,26 @@ def kill_kernel(name: str = "infinite loop in C") -> float:
 
     Raises:
         ValueError: If the fault is no hang.
-        RuntimeError: If a process is left 10 s later.
+        RuntimeError: If the ranks do not start, or if a process is left 10 s later.
     """
     if not FAULTS[name].hangs:
         hangs = ", ".join(it for it, fault in FAULTS.items() if fault.hangs)
         raise ValueError(f"name={name!r} is no hang; choose one of {hangs}")
     command = [sys.executable, "-c", _KERNEL.format(name=name)]
     null = subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=null, stderr=null) as kernel:
+    kernel = subprocess.Popen(command, stdout=null, stderr=null)
+    try:
         family = psutil.Process(kernel.pid)
-        deadline_s = time.perf_counter() + 60
+        deadline_s = time.perf_counter() + _START_S
         while len(processes := family.children(recursive=True)) < 1 + NUM_RANKS:
             if time.perf_counter() > deadline_s or kernel.poll() is not None:
                 raise RuntimeError("the kernel has started no ranks")
             time.sleep(0.05)
         time.sleep(_HANG_S)
+    finally:
         kernel.kill()
         start_s = time.perf_counter()
+        kernel.wait()
     while left := [process for process in processes if _runs(process)]:
         if time.perf_counter() - start_s > 10:
             raise RuntimeError(f"{len(left)} processes outlive their kernel")

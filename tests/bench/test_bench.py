@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 
@@ -154,3 +155,12 @@ def test_a_fault_that_is_reported_otherwise_is_no_result(monkeypatch, world4):
         faults.measure(world4, "sleep", guilty=9)  # nobody
     with pytest.raises(ValueError, match=r"'sys.exit' is no hang; .*SIGSTOP, sleep"):
         faults.kill_kernel("sys.exit")
+
+
+def test_a_kernel_that_starts_no_ranks_is_no_result(monkeypatch):
+    monkeypatch.setattr(faults, "_KERNEL", "import time; time.sleep(60)")
+    monkeypatch.setattr(faults, "_START_S", 0.2)
+    start_s = time.monotonic()
+    with pytest.raises(RuntimeError, match="started no ranks"):
+        faults.kill_kernel()
+    assert time.monotonic() - start_s < 30  # it did not wait for that kernel
