@@ -1,13 +1,18 @@
-"""A limit on the size of the tensors that a reader's function makes.
+"""Limits on what a reader's function may take: time, and the size of its tensors.
 
-Some exercises ask for a result that is easy to compute in one large tensor, and are
-about not making that tensor. The limit raises inside the function, so that the
-traceback ends at the reader's line.
+A loop that never ends must not hang the notebook. And some exercises ask for a result
+that is easy to compute in one large tensor, and are about not making that tensor. A
+limit raises inside the function, so that the traceback ends at the reader's line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +26,39 @@ class MemoryLimitError(MemoryError):
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class AnswerTimeoutError(TimeoutError):
+    """More time than any answer needs: a loop that does not end, most likely."""
+
+
+@contextmanager
+def time_limit(limit_s: float) -> Iterator[None]:
+    """Raise `AnswerTimeoutError` in the block after some time.
+
+    Python delivers alarms to the main thread only, between two of its own instructions:
+    in another thread there is no limit, and a single call of torch is not cut short.
+
+    Args:
+        limit_s: seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise AnswerTimeoutError(f"no answer after {limit_s:g} s")
+
+    start = time.monotonic()
+    old_handler = signal.signal(signal.SIGALRM, stop)
+    old_left, _ = signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        left = max(old_left - (time.monotonic() - start), 0.01) if old_left else 0
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old_handler)
+        signal.setitimer(signal.ITIMER_REAL, left)  # that of somebody around us
 
 
 class SizeLimit(TorchFunctionMode):

@@ -66,6 +66,7 @@ class Exercise:
         rtol: relative tolerance; half-finished answers differ by far more.
         atol: absolute tolerance.
         limit: called with a case, returns the context in which the function runs.
+        limit_s: seconds for one case, in the main thread.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Exercise:
     rtol: float = 1e-4
     atol: float = 1e-6
     limit: Callable[..., AbstractContextManager[Any]] = _no_limit
+    limit_s: float = 30.0
 
     def check(self, fn: Callable[..., Any]) -> CheckResult:
         """Print and return how a function does on all cases, up to the first failure.
@@ -124,7 +126,8 @@ class _Trial:
     def failure(self, fn: Callable[..., Any]) -> _Failure | None:
         given = copy.deepcopy(self.case)
         try:
-            with self.exercise.limit(*self.case):
+            limit_s = self.exercise.limit_s
+            with limits.time_limit(limit_s), self.exercise.limit(*self.case):
                 got = fn(*given)
         except (Exception, SystemExit) as error:
             return self._crash(error)
@@ -181,6 +184,8 @@ class _Trial:
         hint = f"the function is called as {self.exercise.call}"
         if isinstance(error, limits.MemoryLimitError):
             hint = error.hint
+        elif isinstance(error, limits.AnswerTimeoutError):
+            hint = "look for a loop that never ends, or that waits for ever"
         elif own is not None:
             hint = f"the function raises {type(error).__name__}; " + hint
         return _Failure(self._details("".join(lines).rstrip()), hint)

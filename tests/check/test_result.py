@@ -1,3 +1,8 @@
+import dataclasses
+import signal
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -220,3 +225,45 @@ def test_a_known_mistake_does_not_warn():
         hint="over N",
     )
     assert not exercise.check(lambda x: x.sum() + 1)
+
+
+def endless(x):
+    while True:
+        x = x + 0
+
+
+def test_an_endless_loop_is_ended_at_the_readers_line():
+    started = []
+
+    def quick(x):
+        return started.append(x) or 2 * x
+
+    hasty = dataclasses.replace(DOUBLE, limit_s=0.2)
+    before = lambda *_: started.append("alarm")
+    replaced = signal.signal(signal.SIGALRM, before)
+    old = signal.setitimer(signal.ITIMER_REAL, 60)
+    try:
+        result = hasty.check(endless)
+        assert "loop that never ends" in result.hint
+        assert result.message.splitlines()[-2].strip() == (
+            "labpkg.check.limits.AnswerTimeoutError: no answer after 0.2 s"
+        )
+        assert "in endless" in result.message
+        assert "limits.py" not in result.message
+        assert hasty.check(quick)
+        assert signal.getsignal(signal.SIGALRM) is before
+        assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] < 60
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, replaced)
+        signal.setitimer(signal.ITIMER_REAL, *old)
+
+
+def test_in_another_thread_an_answer_has_no_limit():
+    hasty = dataclasses.replace(DOUBLE, limit_s=1e-3)
+    found = []
+    slow = lambda x: time.sleep(0.01) or 2 * x
+    thread = threading.Thread(target=lambda: found.append(hasty.check(slow)))
+    thread.start()
+    thread.join()
+    assert found[0]
