@@ -185,10 +185,11 @@ def _suspect(
         return guilty, str(place)
     if returned:
         return returned[0], "had returned while others wait"
-    return (
-        guilty,
-        f"has issued the fewest collectives ({place.num_issued}); it {place}",
-    )
+    are_level = len({it.num_issued for it in where.values()}) == 1
+    if len(where) > 1 and are_level:
+        return guilty, f"is the first of ranks that are equally far; it {place}"
+    reason = f"has issued the fewest collectives ({place.num_issued})"
+    return guilty, f"{reason}; it {place}"
 
 
 def _first_difference(where: dict[int, Where]) -> dict[int, str]:

@@ -58,6 +58,10 @@ def test_a_hang_suspects_stopped_then_outside_then_fewest():
     assert "within 5 s" in str(error)
     assert "inference" in str(error)
     assert "fewest collectives (1)" in str(error)
+    error = blame(where={0: behind, 1: behind})
+    assert error.rank == 0
+    assert "equally far" in str(error)
+    assert "fewest" not in str(error)
     assert "check=True" not in str(error)
     assert "Stack of rank 0 (waited in barrier" in error.traceback
 
