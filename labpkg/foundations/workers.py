@@ -182,14 +182,19 @@ class _Result:
 
     def receive(self, channel: socket.socket) -> tuple[Tensor, ...]:
         _, (fd,), _, _ = socket.recv_fds(channel, 1, 1)
-        with open(fd, "r+b") as file:
-            memory = mmap.mmap(file.fileno(), self.size)  # as long as a tensor lives
+        # A mapping of Python would hold a file open for as long as a tensor lives.
+        with os.fdopen(fd):
+            memory = torch.from_file(
+                f"/dev/fd/{fd}",
+                shared=True,
+                size=self.size,
+                dtype=torch.uint8,
+                device="cpu",
+            )
         return tuple(
-            torch.frombuffer(
-                memory, dtype=dtype, count=shape.numel(), offset=offset
-            ).view(shape)
-            if shape.numel()
-            else torch.empty(shape, dtype=dtype, device="cpu")
+            memory[offset : offset + shape.numel() * dtype.itemsize]
+            .view(dtype)
+            .view(shape)
             for (dtype, shape), offset in zip(self.forms, self.offsets, strict=True)
         )
 
