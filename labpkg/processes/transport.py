@@ -41,7 +41,7 @@ _REDUCE_OPS = {
     "product": ReduceOp.PRODUCT,
 }
 REDUCTIONS = tuple(_REDUCE_OPS)
-_SMALLEST_SHARED_BYTES = 1024  # gloo is as fast below, and records what it does
+_SMALLEST_SHARED_BYTES = 1024  # below, gloo: its records tell who waits in what
 _channels: weakref.WeakKeyDictionary[ProcessGroup, Channel | None] = (
     weakref.WeakKeyDictionary()
 )
