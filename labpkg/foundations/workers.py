@@ -175,8 +175,9 @@ class _Result:
         with _memory_file() as file:
             file.truncate(self.size)
             for tensor, offset in zip(tensors, self.offsets, strict=True):
+                values = tensor.resolve_conj().resolve_neg().flatten()
                 file.seek(offset)
-                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                file.write(values.contiguous().view(torch.uint8).numpy().data)
             file.flush()
             socket.send_fds(channel, [b"r"], [file.fileno()])
 
@@ -333,7 +334,8 @@ class _Work(Dataset[Any]):
 def _how_it_ended(exitcode: int) -> str:
     if exitcode >= 0:
         return f"exited with status {exitcode}"
-    name = signal.Signals(-exitcode).name
+    names = {number.value: number.name for number in signal.Signals}
+    name = names.get(-exitcode, f"signal {-exitcode}")
     reasons = {"SIGKILL": "memory", "SIGBUS": "shared memory (/dev/shm)"}
     reason = f", as when {reasons[name]} runs out" if name in reasons else ""
     return f"was killed by {name}{reason}"

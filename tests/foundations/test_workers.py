@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import labpkg as lab
 from labpkg.foundations.data import _moved, batches
-from labpkg.foundations.workers import WorkerTraceback, map_ahead
+from labpkg.foundations.workers import WorkerTraceback, _how_it_ended, map_ahead
 
 DATA = TensorDataset(torch.rand(23, 2, generator=torch.Generator().manual_seed(0)))
 
@@ -219,6 +219,15 @@ def test_any_dtype_and_shape_arrives(dtype):
     assert got[1].any()
 
 
+def test_values_that_torch_conjugates_later_arrive():
+    def lazy(columns, positions):
+        x = torch.arange(8).view(4, 2).to(torch.complex64) * (1 + 2j)
+        return x.conj(), x.conj().imag
+
+    got = next(stream(transform=lazy))
+    assert are_equal([got], [next(stream(transform=lazy, num_workers=0))])
+
+
 def test_large_batches_arrive():
     def large(columns, positions):
         return (positions[:, None] + torch.arange(10**6),)
@@ -414,6 +423,10 @@ def test_a_worker_that_dies_is_named(die, how, in_thread):
     assert message.startswith("worker 1 (process ")
     assert how in message
     assert "at the batch of step 1" in message
+
+
+def test_a_signal_without_a_name_is_a_number():
+    assert _how_it_ended(-50) == "was killed by signal 50"  # of those for real time
 
 
 def test_the_next_run_works_after_a_failure():
