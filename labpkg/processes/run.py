@@ -64,9 +64,13 @@ class _Rank:
         for file in (self.their_sock, self.their_out, self.their_life):
             file.close()
 
+    def give_up(self) -> None:
+        self._life.close()
+
     def close(self) -> None:
         self.close_theirs()
-        for file in (self.sock, self.out, self._life):
+        self.give_up()
+        for file in (self.sock, self.out):
             file.close()
 
     def read_output(self) -> bytes | None:
@@ -176,9 +180,10 @@ class Run:
     def end(self) -> None:
         """Kill the ranks, print the rest of their output, and wait until they are gone.
 
-        A rank whose process id has not arrived ends when its pipe closes.
+        A rank whose process id has not arrived ends because its pipe is closed.
         """
         for rank in self._ranks:
+            rank.give_up()
             if rank.pid and rank.is_alive:
                 kill_group(rank.pid)
         self._pump(
