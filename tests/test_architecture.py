@@ -169,7 +169,7 @@ def test_a_wrong_dependency_is_found(path, source):
 def test_communication_elsewhere_is_found(source):
     package = planted("parallelism/a.py", source)
     assert len(code_rules.communication_violations(package)) == 1
-    allowed = planted("processes/transport.py", source)
+    allowed = planted("processes/collectives.py", source)
     assert code_rules.communication_violations(allowed) == []
 
 

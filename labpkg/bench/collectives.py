@@ -44,11 +44,6 @@ BASE = "torch.distributed"
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
 
 _SIZES = {"64 KiB": 2**16, "1 MiB": 2**20, "16 MiB": 2**24}
-# Named *_single from torch 2.13 on, where the old names warn.
-_torch_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_torch_scatter = (
-    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-)
 Variant = Callable[[Tensor], Tensor]
 
 
@@ -116,11 +111,7 @@ def _variants(collective: str) -> dict[str, Variant]:
         "reduce_scatter": reduce_scatter,
         "all_gather": all_gather,
     }[collective]
-    peer = {
-        "all_reduce": _torch_all_reduce,
-        "reduce_scatter": _torch_reduce_scatter,
-        "all_gather": _torch_all_gather,
-    }[collective]
+    peer = partial(transport.by_torch, collective)
     variants: dict[str, Variant] = {BASE: peer, "labpkg": own}
     if torch.get_default_device().type == "cpu":
         # A mesh of all ranks would share their group, and the shared memory with it.
@@ -139,23 +130,6 @@ def _variants(collective: str) -> dict[str, Variant]:
 def _all_reduce_in_place(x: Tensor, mesh: Any = None) -> Tensor:
     all_reduce_(x, mesh).wait()
     return x
-
-
-def _torch_all_reduce(x: Tensor) -> Tensor:
-    dist.all_reduce(x)
-    return x
-
-
-def _torch_reduce_scatter(x: Tensor) -> Tensor:
-    out = x.new_empty(x.numel() // dist.get_world_size())
-    _torch_scatter(out, x)
-    return out
-
-
-def _torch_all_gather(x: Tensor) -> Tensor:
-    out = x.new_empty(x.numel() * dist.get_world_size())
-    _torch_gather(out, x)
-    return out
 
 
 def _check(results: dict[str, Tensor]) -> None:

@@ -319,6 +319,23 @@ def sendrecv(
     return Transfer(both, sent.wire_bytes)
 
 
+def by_torch(collective: str, x: Tensor) -> Tensor:
+    """Run torch's own call on all ranks, uncounted: the base of benchmarks.
+
+    Args:
+        collective: `all_reduce` (in place), `reduce_scatter` or `all_gather`.
+        x: The flat input of this rank.
+    """
+    n = dist.get_world_size()
+    if collective == "all_reduce":
+        dist.all_reduce(x)
+        return x
+    gathers = collective == "all_gather"
+    out = x.new_empty(x.numel() * n if gathers else x.numel() // n)
+    (_all_gather if gathers else _reduce_scatter)(out, x)
+    return out
+
+
 def _exchange(
     mine: dict[int, Tensor], theirs: dict[int, Tensor], group: ProcessGroup
 ) -> list[Work]:
