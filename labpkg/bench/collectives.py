@@ -35,9 +35,9 @@ from labpkg.processes.algorithms import (
 )
 from labpkg.processes.collectives import (
     all_gather,
-    all_reduce_,
     reduce_scatter,
 )
+from labpkg.processes.in_place import all_reduce_
 from labpkg.processes.world import World
 
 BASE = "torch.distributed"

@@ -13,7 +13,6 @@ PVLDB 13(12):3005-3018, arXiv:2006.15704.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,9 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from labpkg.processes.collectives import all_reduce, all_reduce_, broadcast_
+from labpkg.processes.collectives import all_reduce
 from labpkg.processes.flat import bucket_parameters, flat_views
-from labpkg.processes.messages import all_gather_object
+from labpkg.processes.in_place import all_reduce_
+from labpkg.processes.replicas import (
+    GradientHook,
+    broadcast_state,
+    release,
+    require_same_model,
+)
 from labpkg.processes.transport import Work
 
 _BUCKET_BYTES = 25 * 2**20
@@ -66,7 +71,9 @@ def average_gradients_bucketed(
     for bucket in bucket_parameters(gradients, bucket_bytes):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         all_reduce_(flat, mesh, op="mean").wait()
-        for gradient, mean in zip(bucket, flat_views(flat, bucket), strict=True):
+        for gradient, mean in zip(
+            bucket, flat_views(flat, [g.shape for g in bucket]), strict=True
+        ):
             gradient.copy_(mean)
 
 
@@ -115,7 +122,7 @@ class _Bucket:
         self.parameters, self.share = parameters, 1 / num_ranks
         num_elements = sum(p.numel() for p in parameters)
         self.flat = parameters[0].new_zeros(num_elements + len(parameters))
-        self.views = flat_views(self.flat, parameters)
+        self.views = flat_views(self.flat, [p.shape for p in parameters])
         self.flags = self.flat[num_elements:]
         self.ready: set[int] = set()
         self.unused: list[int] = []
@@ -155,27 +162,6 @@ class _Bucket:
         for i in self.unused:
             if self.flags[i] != 0:
                 self.parameters[i].grad = self.views[i]
-
-
-class _GradientHook:
-    """What a parameter calls when its gradient is complete.
-
-    The link to the engine is weak: Python's garbage collector cannot see through the
-    hooks of a tensor, so a strong link would keep model and buckets for ever.
-    """
-
-    def __init__(self, engine: DataParallel, bucket: int, place: int) -> None:
-        self.engine = weakref.ref(engine)
-        self.bucket, self.place = bucket, place
-
-    def __call__(self, _: Tensor) -> None:
-        engine = self.engine()
-        if engine is None:
-            raise RuntimeError(
-                "the DataParallel around this model is gone, so its gradients would "
-                "not be averaged; keep the wrapper and call it, or train a deepcopy"
-            )
-        engine._accumulated(engine._buckets[self.bucket], self.place)
 
 
 class DataParallel(nn.Module):
@@ -219,8 +205,8 @@ class DataParallel(nn.Module):
         parameters = _parameters_to_average(module)
         self.module, self._mesh = module, mesh
         self._known = {id(p) for p in parameters}
-        _check_replicas(module, mesh)
-        _broadcast_state(module, mesh)
+        require_same_model(module, mesh)
+        broadcast_state((*module.parameters(), *module.buffers()), mesh)
         self._buckets = [
             _Bucket(group, mesh.size())
             for group in bucket_parameters(parameters, bucket_bytes)
@@ -230,7 +216,7 @@ class DataParallel(nn.Module):
         self._in_backward = False
         for number, bucket in enumerate(self._buckets):
             for i, parameter in enumerate(bucket.parameters):
-                hook = _GradientHook(self, number, i)
+                hook = GradientHook(self, number, i)
                 parameter.register_post_accumulate_grad_hook(hook)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -259,7 +245,9 @@ class DataParallel(nn.Module):
             "the copy"
         )
 
-    def _accumulated(self, bucket: _Bucket, i: int) -> None:
+    def accumulated(self, number: int, i: int) -> None:
+        """Take the gradient of parameter i of a bucket; its hook calls this."""
+        bucket = self._buckets[number]
         if not self._sync:
             bucket.take(i)
             return
@@ -348,46 +336,5 @@ def _parameters_to_average(module: nn.Module) -> list[Tensor]:
                 "build it with sparse=False"
             )
     for name, parameter in named.items():
-        _release(name, parameter)
+        release(name, parameter)
     return list(named.values())
-
-
-def _release(name: str, parameter: Tensor) -> None:
-    """Remove the hooks of engines that are gone; refuse a living one."""
-    hooks = parameter._post_accumulate_grad_hooks or {}  # pyright: ignore
-    for key, hook in list(hooks.items()):
-        if isinstance(hook, _GradientHook):
-            if hook.engine() is not None:
-                raise ValueError(
-                    f"{name} belongs to another DataParallel already, and would be "
-                    "averaged twice; wrap a model once, or delete the other wrapper"
-                )
-            del hooks[key]
-
-
-def _check_replicas(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Raise on every rank if the models differ in names, shapes or dtypes."""
-    mine = [
-        (name, tuple(t.shape), str(t.dtype), t.requires_grad)
-        for name, t in (*module.named_parameters(), *module.named_buffers())
-    ]
-    for rank, theirs in enumerate(all_gather_object(mine, mesh)):
-        if theirs != mine:
-            first = next(
-                (a for a, b in zip(mine, theirs, strict=False) if a != b), None
-            )
-            raise ValueError(
-                f"rank {rank} of the axis holds another model ({len(theirs)} tensors, "
-                f"here {len(mine)}; first difference at {first}); build the same model "
-                "on every rank"
-            )
-
-
-def _broadcast_state(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Overwrite parameters and buffers with those of rank 0 of the axis."""
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            whole = tensor.detach().contiguous()
-            broadcast_(whole, mesh).wait()
-            if whole.data_ptr() != tensor.data_ptr():
-                tensor.copy_(whole)

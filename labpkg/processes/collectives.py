@@ -1,8 +1,8 @@
 """Collectives: functions over one mesh axis, differentiable, counted, switchable.
 
-Every rank of the axis calls the same function in the same order. The plain names return
-new tensors and carry gradients; names that end in `_` work in place, return a handle to
-wait on, and are what engines use. A mesh is a one-dimensional `DeviceMesh` such as
+Every rank of the axis calls the same function in the same order. These return new
+tensors and carry gradients; their partners in `in_place`, whose names end in `_`, are
+what engines use. A mesh is a one-dimensional `DeviceMesh` such as
 `mesh["dp"]`, None means all ranks; `src` and `dst` are ranks of that axis.
 
 All communication of the library passes through here, so that one place counts bytes
@@ -31,12 +31,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from labpkg.processes import transport
 from labpkg.processes.traffic import Axis, axis_of, count_comms, off, start
-from labpkg.processes.transport import Work
 
 __all__ = ["count_comms", "off"]
 
 
-def _check_op(op: str, x: Tensor) -> None:
+def check_op(op: str, x: Tensor) -> None:
+    """Refuse a reduction that no backend does exactly."""
     if op not in transport.REDUCTIONS:
         known = ", ".join(transport.REDUCTIONS)
         raise ValueError(f"op={op!r} is unknown; choose one of {known}")
@@ -55,14 +55,6 @@ def _check_no_grad(op: str, x: Tensor) -> None:
         raise ValueError(f"op={op!r} carries no gradient; pass x.detach()")
 
 
-def _check_in_place(x: Tensor) -> None:
-    if not x.is_contiguous():
-        raise ValueError(
-            f"a tensor of strides {x.stride()} is not contiguous and cannot be used in "
-            "place; pass x.contiguous() and keep the result"
-        )
-
-
 def _check_dim(x: Tensor, dim: int, parts: int = 1) -> int:
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(
@@ -75,66 +67,6 @@ def _check_dim(x: Tensor, dim: int, parts: int = 1) -> int:
             f"ranks of the axis; choose a multiple of {parts}"
         )
     return dim % x.ndim
-
-
-# In place, for engines: the caller waits. ------------------------------------------
-
-
-def all_reduce_(
-    x: Tensor,
-    mesh: DeviceMesh | None = None,
-    *,
-    op: str = "sum",
-    deterministic: bool = False,
-) -> Work:
-    """Start reducing a contiguous `x` in place on all ranks; no gradient flows.
-
-    Args:
-        x: The tensor, of the same shape and dtype on every rank.
-        mesh: The axis; None means all ranks.
-        op: `sum`, `mean`, `max`, `min` or `product`.
-        deterministic: Combine in rank order; see `all_reduce`.
-
-    Returns:
-        The transfer in flight; call `.wait()` before reading `x`.
-
-    Raises:
-        ValueError: For an unknown `op`, an integer mean, a complex `op` other than sum
-            and mean, or a mesh of several axes.
-
-    Communication: 2 (n - 1) / n of the bytes of `x` per rank.
-    """
-    axis = axis_of(mesh)
-    _check_op(op, x)
-    _check_in_place(x)
-    move = partial(transport.all_reduce, x, axis.group, op, ordered=deterministic)
-    return start("all_reduce", axis, x.nbytes, move)
-
-
-def broadcast_(x: Tensor, mesh: DeviceMesh | None = None, *, src: int = 0) -> Work:
-    """Start copying a contiguous `x` of rank `src` into `x` of every rank.
-
-    Args:
-        x: The tensor, of the same shape and dtype on every rank.
-        mesh: The axis; None means all ranks.
-        src: The rank of the axis whose values win.
-
-    Returns:
-        The transfer in flight; call `.wait()` before reading `x`.
-
-    Raises:
-        ValueError: If `src` is not a rank of the axis.
-
-    Communication: the root sends the tensor ceil(log2 n) times on gloo, once on NCCL.
-    """
-    axis = axis_of(mesh)
-    axis.check_rank("src", src)
-    _check_in_place(x)
-    move = partial(transport.broadcast, x, axis.group, src)
-    return start("broadcast", axis, x.nbytes, move)
-
-
-# Functional and differentiable; see Note [adjoint]. --------------------------------
 
 
 class _Linear(torch.autograd.Function):
@@ -242,7 +174,7 @@ def all_reduce(
     Reference: Patarasuk and Yuan 2009, JPDC 69(2):117-124.
     """
     axis = axis_of(mesh)
-    _check_op(op, x)
+    check_op(op, x)
     run = lambda t: _all_reduce(t, axis, op, deterministic)
     if op in ("sum", "mean"):
         return _Linear.apply(x, run, run)
@@ -270,7 +202,7 @@ def reduce(
     Communication: the bytes of `x` per rank; backward is a broadcast.
     """
     axis = axis_of(mesh)
-    _check_op(op, x)
+    check_op(op, x)
     axis.check_rank("dst", dst)
     scale = axis.size if op == "mean" else 1
     if op in ("sum", "mean"):
@@ -359,7 +291,7 @@ def reduce_scatter(
     Communication: (n - 1) / n of the bytes of `x` per rank; backward is `all_gather`.
     """
     axis = axis_of(mesh)
-    _check_op(op, x)
+    check_op(op, x)
     dim = _check_dim(x, dim, axis.size)
     scale = axis.size if op == "mean" else 1
     forward = lambda t: _reduce_scatter(t, axis, dim, op, deterministic)

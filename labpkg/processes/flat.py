@@ -4,16 +4,24 @@ A bucket is a flat tensor with a view for every parameter in it. Engines cut the
 parameters into buckets in reverse order, because backward produces the gradients of the
 last layers first. Tensors that differ in dtype or device never share a bucket.
 
-Chapter: parallelism/data_parallel. Reference: Li et al. 2020, PVLDB 13(12):3005-3018,
-arXiv:2006.15704.
+`ShardedBucket` cuts a bucket into one slice for each rank, all of the same length: the
+end is padded by at most n - 1 elements. A slice begins and ends anywhere, so a
+parameter may lie on several ranks; what one rank has of it is a `Shard`.
+
+Chapters: parallelism/data_parallel, parallelism/zero. References: Li et al. 2020, PVLDB
+13(12):3005-3018, arXiv:2006.15704; Rajbhandari et al. 2020, SC20, arXiv:1910.02054.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from labpkg.processes.collectives import all_gather
 
 
 def bucket_parameters(
@@ -45,10 +53,128 @@ def bucket_parameters(
     return buckets
 
 
-def flat_views(flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
-    """Cut the front of a flat tensor into views shaped like other tensors, in order."""
+def flat_views(flat: Tensor, shapes: Iterable[torch.Size]) -> list[Tensor]:
+    """Cut the front of a flat tensor into views of these shapes, in order."""
     views, start = [], 0
-    for tensor in like:
-        views.append(flat[start : start + tensor.numel()].view(tensor.shape))
-        start += tensor.numel()
+    for shape in shapes:
+        views.append(flat[start : start + shape.numel()].view(shape))
+        start += shape.numel()
     return views
+
+
+@dataclass(eq=False, slots=True)
+class Shard:
+    """What this rank holds of one parameter that is cut over an axis.
+
+    Attributes:
+        bucket: Where the parameter lies.
+        index: Its place in the bucket.
+        shape: Shape of the whole parameter.
+        start: First element, of the flat parameter, that this rank owns.
+        stop: One after the last; an empty shard has `start == stop`.
+        local: The slice (stop - start,), which an optimizer updates; its `.grad` is the
+            slice of the mean gradient, None if no rank used the parameter.
+    """
+
+    bucket: ShardedBucket
+    index: int
+    shape: torch.Size
+    start: int
+    stop: int
+    local: nn.Parameter
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The axis over which the parameter is cut."""
+        return self.bucket.mesh
+
+
+class ShardedBucket:
+    """The geometry of a bucket that is cut into equal slices, one for each rank.
+
+    Args:
+        shapes: Shapes of the parameters, in order.
+        mesh: The axis.
+
+    Attributes:
+        num_elements: Elements of all slices, with the padding at the end: a multiple
+            of the number of ranks.
+        slice_elements: Elements of one slice.
+        own: Where this rank's slice lies in the flat bucket.
+        ranges: First and last element of each flat parameter on this rank.
+        shards: This rank's part of each parameter, once `attach` was called.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], mesh: DeviceMesh) -> None:
+        n, rank = mesh.size(), mesh.get_local_rank()
+        self.mesh, self.shapes = mesh, list(shapes)
+        self.slice_elements = -(-sum(shape.numel() for shape in shapes) // n)
+        self.num_elements = n * self.slice_elements
+        first = rank * self.slice_elements
+        last = first + self.slice_elements
+        self.own = slice(first, last)
+        self.ranges: list[tuple[int, int]] = []  # this rank's, of each flat parameter
+        offset = 0
+        for numel in (shape.numel() for shape in shapes):
+            start, stop = (min(max(b - offset, 0), numel) for b in (first, last))
+            self.ranges.append((start, stop))
+            offset += numel
+        self.shards: list[Shard] = []
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Cut a flat bucket (num_elements,) into views shaped like the parameters."""
+        return flat_views(flat, self.shapes)
+
+    def cut(self, own: Tensor) -> list[Tensor]:
+        """Cut this rank's slice (slice_elements,) into its part of each parameter."""
+        parts, start = [], 0
+        for first, last in self.ranges:
+            parts.append(own[start : start + last - first])
+            start += last - first
+        return parts
+
+    def attach(self, own: Tensor, requires_grad: Sequence[bool]) -> list[Shard]:
+        """Make a `Shard` of each parameter, its memory a view of this rank's slice."""
+        self.shards = [
+            Shard(
+                bucket=self,
+                index=i,
+                shape=self.shapes[i],
+                start=self.ranges[i][0],
+                stop=self.ranges[i][1],
+                local=nn.Parameter(part, requires_grad=requires_grad[i]),
+            )
+            for i, part in enumerate(self.cut(own.detach()))
+        ]
+        return self.shards
+
+    def gather(
+        self,
+        value: Callable[[Shard], Tensor | None],
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> list[Tensor]:
+        """Return a tensor of each parameter whole, on every rank.
+
+        Args:
+            value: Gives the flat slice of this rank's shard; None counts as zeros.
+            dtype: Of the result; by default that of the parameters.
+
+        Communication: one all_gather of the bucket, (n - 1) / n of its bytes per rank.
+        """
+        own = self.shards[0].local.new_zeros(self.slice_elements, dtype=dtype)
+        for shard, part in zip(self.shards, self.cut(own), strict=True):
+            piece = value(shard)
+            if piece is not None:
+                part.copy_(piece.detach().reshape(-1))
+        return self.views(all_gather(own, self.mesh))
+
+
+def shard_of(parameter: Tensor) -> Shard | None:
+    """Return what this rank holds of a parameter that an engine has cut, or None."""
+    return getattr(parameter, "_labpkg_shard", None)
+
+
+def mark_shard(parameter: Tensor, shard: Shard | None) -> None:
+    """Let `shard_of` find the shard of a parameter; None takes the mark away."""
+    parameter._labpkg_shard = shard  # pyright: ignore[reportAttributeAccessIssue]

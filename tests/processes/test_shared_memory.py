@@ -71,7 +71,7 @@ def test_every_result_is_bitwise_that_of_a_sequential_reduction(request, size, d
 
 def test_transfers_in_flight_end_in_the_order_of_their_calls(world2):
     def overlap():
-        from labpkg.processes.collectives import all_reduce_
+        from labpkg.processes.in_place import all_reduce_
 
         xs = [torch.full((n,), float(n), device="cpu") for n in (300_000, 400, 70_000)]
         for work in reversed([all_reduce_(x) for x in xs]):

@@ -1,0 +1,71 @@
+"""Collectives in place: the values of the functional ones, in the caller's memory."""
+
+import pytest
+import torch
+
+import labpkg as lab
+from labpkg.processes import collectives, transport
+from labpkg.processes.in_place import all_gather_, broadcast_, reduce_scatter_
+
+
+def slices(num_elements: int, messages: bool, deterministic: bool) -> dict:
+    mesh = lab.make_mesh(dp=torch.distributed.get_world_size())["dp"]
+    if messages:
+        transport.use_messages(mesh.get_group())
+    n, rank = mesh.size(), mesh.get_local_rank()
+    x = torch.randn(n * num_elements, generator=torch.Generator().manual_seed(rank))
+    want = lab.reduce_scatter(x, mesh, op="mean")
+    own = slice(rank * num_elements, (rank + 1) * num_elements)
+    aliased, separate = x.clone(), torch.empty(num_elements)
+    kwargs = {"op": "mean", "deterministic": deterministic}
+    with lab.count_comms() as log:
+        works = [
+            reduce_scatter_(separate, x, mesh, **kwargs),
+            reduce_scatter_(aliased[own], aliased, mesh, **kwargs),
+        ]
+        for work in works:
+            work.wait()
+    assert log["dp", "reduce_scatter"].payload_bytes == 2 * x.nbytes
+    whole = torch.empty(n * num_elements)
+    with lab.count_comms() as log:
+        works = [
+            all_gather_(whole, separate, mesh),
+            all_gather_(aliased, aliased[own], mesh),
+        ]
+        for work in works:
+            work.wait()
+    assert log["dp", "all_gather"].payload_bytes == 2 * x.nbytes
+    return {"want": want, "part": separate, "whole": whole, "aliased": aliased}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("messages", [False, True])
+@pytest.mark.parametrize("num_elements", [1, 3000])
+def test_slices_equal_the_functional_ones(
+    world4, num_elements, messages, deterministic
+):
+    ranks = world4.run(slices, num_elements, messages, deterministic)
+    whole = torch.cat([r["part"] for r in ranks])
+    for r in ranks:
+        assert torch.allclose(r["part"], r["want"])
+        assert torch.equal(r["whole"], whole)
+        assert torch.equal(r["aliased"], whole)
+
+
+def switched_off():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    rank = mesh.get_local_rank()
+    x, part, whole = torch.arange(4.0) + rank, torch.empty(2), torch.empty(4)
+    with collectives.off():
+        reduce_scatter_(part, x, mesh).wait()
+        all_gather_(whole, part, mesh).wait()
+        all_gather_(x, x[:2], mesh).wait()
+        broadcast_(part, mesh).wait()
+    return part, whole, x
+
+
+def test_switched_off_they_answer_from_local_data(world2):
+    for rank, (part, whole, x) in enumerate(world2.run(switched_off)):
+        assert part.tolist() == [3.0 * rank, 3.0 * rank + 1]
+        assert whole.tolist() == [*part.tolist()] * 2
+        assert x.tolist() == [rank, rank + 1.0] * 2
