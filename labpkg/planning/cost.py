@@ -2,17 +2,19 @@
 
 Contract: S is the payload, the bytes of the full logical tensor; n is the number of
 ranks on the axis. `wire_bytes` says what one rank sends for it, `activation_bytes`
-what forward keeps for backward. The counters of `labpkg.count_comms` and the hooks of
-autograd report the same numbers, so each formula is an assertion in a chapter.
+what forward keeps for backward, `model_state_bytes` what stays between steps. The
+counters of `labpkg.count_comms`, the hooks of autograd and `labpkg.live_tensor_bytes`
+report the same numbers, so each formula is an assertion in a chapter.
 
 Standard library only.
 
 Chapters: foundations/transformer, processes/collectives, processes/communication_cost,
-parallelism/data_parallel.
+parallelism/data_parallel, parallelism/zero.
 References: Thakur, Rabenseifner, Gropp 2005, Optimization of collective communication
 operations in MPICH, doi:10.1177/1094342005051521; Patarasuk and Yuan 2009, Bandwidth
 optimal all-reduce algorithms for clusters of workstations,
-doi:10.1016/j.jpdc.2008.09.002; Korthikanti et al. 2022, arXiv:2205.05198 (activations).
+doi:10.1016/j.jpdc.2008.09.002; Rajbhandari et al. 2020, SC20, arXiv:1910.02054 (ZeRO);
+Korthikanti et al. 2022, arXiv:2205.05198 (activations).
 """
 
 from __future__ import annotations
@@ -100,6 +102,141 @@ def data_parallel_bytes(model: _Model) -> int:
         for parameter in model.parameters()
         if parameter.requires_grad
     )
+
+
+def model_state_bytes(
+    num_elements: int,
+    *,
+    stage: int,
+    n: int,
+    weight_bytes: float = 4,
+    gradient_bytes: float = 4,
+    optimizer_bytes: float = 8,
+) -> float:
+    """Return the bytes of weights, gradients and optimizer state on one rank.
+
+    Replicas keep all three whole. Stage 1 of ZeRO divides the optimizer state by n,
+    stage 2 the gradients too, stage 3 the weights as well:
+    num_elements x (weight + gradient + optimizer), each divided from its stage on.
+
+    Args:
+        num_elements: elements of all parameters.
+        stage: 0 (every rank has everything) to 3 (every rank has a slice).
+        n: ranks on the axis.
+        weight_bytes: bytes of a weight.
+        gradient_bytes: bytes of a gradient.
+        optimizer_bytes: bytes of optimizer state for each element: 8 for AdamW in
+            float32, 4 for momentum, 12 for AdamW with a float32 copy of half weights.
+
+    Returns:
+        Bytes of an even cut; padding adds less than n elements for each bucket.
+
+    Raises:
+        ValueError: for a stage outside 0 to 3, n < 1 or negative sizes.
+
+    Reference:
+        Rajbhandari et al. 2020, ZeRO: Memory Optimizations Toward Training Trillion
+        Parameter Models, arXiv:1910.02054, section 3 and table 1.
+    """
+    _check_stage(stage, n)
+    sizes = (num_elements, weight_bytes, gradient_bytes, optimizer_bytes)
+    if min(sizes) < 0:
+        raise ValueError(
+            f"num_elements, weight_bytes, gradient_bytes, optimizer_bytes = {sizes} "
+            "must be at least 0; optimizer_bytes=0 is SGD without momentum"
+        )
+    per_element = [
+        nbytes / n if stage >= divided_from else nbytes
+        for divided_from, nbytes in ((3, weight_bytes), (2, gradient_bytes))
+    ]
+    per_element.append(optimizer_bytes / n if stage >= 1 else optimizer_bytes)
+    return num_elements * sum(per_element)
+
+
+def zero_bytes(
+    model: _Model,
+    *,
+    stage: int,
+    n: int,
+    buckets: Iterable[Iterable[_Parameter]] | None = None,
+    weight_bytes: int | None = None,
+    gradient_bytes: int | None = None,
+    reshard_after_forward: bool = True,
+) -> dict[str, int]:
+    """Return the payload bytes of each collective in one step of ZeRO.
+
+    With P the bytes of the parameters, stage 0 all-reduces P (which sends 2 P); stages
+    1 and 2 reduce-scatter P and all-gather P: the same bytes on the wire, because these
+    are the halves of an all_reduce. Stage 3 gathers a second time, for backward: 3 P.
+    Each bucket is padded to a multiple of n elements, and at stages 1 to 3 one byte
+    for each trainable parameter tells the ranks whether any of them used it.
+
+    Args:
+        model: the whole model, before `fully_shard` cuts it.
+        stage: 0 (`DataParallel`) to 3 (`fully_shard`).
+        n: ranks on the axis.
+        buckets: the parameters that travel together, as the engine groups them. By
+            default one bucket for each dtype, which is exact for models smaller than
+            a bucket. Frozen parameters travel at stage 3 only: in a bucket with
+            trainable ones they are reduced too.
+        weight_bytes: bytes of an element that is gathered, by default as stored.
+        gradient_bytes: bytes of an element that is reduced, by default as stored.
+        reshard_after_forward: whether stage 3 gathers for backward again. Backward
+            reaches no bucket of frozen parameters before the first trainable one.
+
+    Returns:
+        Payload bytes by name of the collective: `wire_bytes` turns each into what a
+        rank sends, and `labpkg.count_comms` counts the same.
+
+    Raises:
+        ValueError: for a stage outside 0 to 3, n < 1, or buckets that do not hold each
+            parameter once.
+
+    Reference:
+        Rajbhandari et al. 2020, arXiv:1910.02054, section 7.
+    """
+    _check_stage(stage, n)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if stage == 0:
+        nbytes = (gradient_bytes or p.element_size() for p in trainable)
+        sent = (b * (p.numel() + 1) for b, p in zip(nbytes, trainable, strict=True))
+        return {"all_reduce": sum(sent)}
+    travelling = list(model.parameters()) if stage == 3 else trainable
+    groups = _one_bucket_per_kind(travelling) if buckets is None else buckets
+    groups = [[p for p in g if p.requires_grad or stage == 3] for g in groups]
+    if sorted(id(p) for g in groups for p in g) != sorted(map(id, travelling)):
+        raise ValueError(
+            f"buckets hold {sum(map(len, groups))} parameters of {len(travelling)}, "
+            "or others; give each parameter of the model once"
+        )
+    gathered = reduced = 0
+    for group in filter(None, groups):
+        num_elements = -(-sum(p.numel() for p in group) // n) * n
+        gathered += num_elements * (weight_bytes or group[0].element_size())
+        if any(p.requires_grad for p in group):
+            reduced += num_elements * (gradient_bytes or group[0].element_size())
+    times = 2 if stage == 3 and reshard_after_forward else 1
+    return {
+        "all_gather": times * gathered,
+        "reduce_scatter": reduced,
+        "all_reduce": len(trainable),
+    }
+
+
+def _one_bucket_per_kind(parameters: Iterable[_Parameter]) -> list[list[_Parameter]]:
+    kinds: dict[tuple[str, bool], list[_Parameter]] = {}
+    for parameter in parameters:
+        kind = (str(getattr(parameter, "dtype", "")), parameter.requires_grad)
+        kinds.setdefault(kind, []).append(parameter)
+    return list(kinds.values())
+
+
+def _check_stage(stage: int, n: int) -> None:
+    if stage not in (0, 1, 2, 3) or n < 1:
+        raise ValueError(
+            f"stage={stage} and n={n} must be 0 to 3 and at least 1; stage 1 shards "
+            "the optimizer state, 2 the gradients too, 3 the weights as well"
+        )
 
 
 def activation_bytes(shape: ModelShape, *, batch_size: int, itemsize: int = 4) -> int:

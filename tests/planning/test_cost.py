@@ -10,7 +10,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from labpkg.foundations.losses import cross_entropy
 from labpkg.foundations.models import GPT, MLP, GPTConfig
-from labpkg.planning.cost import activation_bytes, data_parallel_bytes, wire_bytes
+from labpkg.planning.cost import (
+    activation_bytes,
+    data_parallel_bytes,
+    model_state_bytes,
+    wire_bytes,
+    zero_bytes,
+)
+from labpkg.processes.flat import bucket_parameters
 
 
 def ring_all_reduce_bytes(num_elements: int, n: int) -> list[int]:
@@ -79,6 +86,100 @@ def test_data_parallel_bytes_counts_tied_weights_once():
     sizes = {"num_layers": 1, "width": 8, "num_heads": 2, "sequence_length": 4}
     tied, untied = GPT(GPTConfig(**sizes)), GPT(GPTConfig(**sizes, tied=False))
     assert data_parallel_bytes(untied) - data_parallel_bytes(tied) == 4 * (256 * 8 + 1)
+
+
+def test_model_state_bytes_are_those_of_the_paper():
+    # 7.5e9 parameters, half precision, AdamW with a float32 copy, 64 ranks: figure 1.
+    half = {"weight_bytes": 2, "gradient_bytes": 2, "optimizer_bytes": 12}
+    giga = [
+        model_state_bytes(7_500_000_000, stage=stage, n=64, **half) / 1e9
+        for stage in range(4)
+    ]
+    assert giga == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+
+
+@given(num_elements=st.integers(0, 10**9), n=st.integers(1, 64))
+def test_model_state_bytes_by_stage(num_elements, n):
+    sizes = [model_state_bytes(num_elements, stage=stage, n=n) for stage in range(4)]
+    p = 4 * num_elements
+    shares = [4 * p, 2 * p + 2 * p / n, p + 3 * p / n, 4 * p / n]
+    assert sizes == pytest.approx(shares)
+
+
+def test_model_state_bytes_refuse_bad_sizes():
+    for arguments in ({"stage": 4, "n": 2}, {"stage": 1, "n": 0}):
+        with pytest.raises(ValueError, match="must be 0 to 3 and at least 1"):
+            model_state_bytes(10, **arguments)
+        with pytest.raises(ValueError, match="must be 0 to 3 and at least 1"):
+            zero_bytes(MLP(1, 1), **arguments)
+    with pytest.raises(ValueError, match=r"\(10, 4, 4, -1\) must be at least 0"):
+        model_state_bytes(10, stage=1, n=2, optimizer_bytes=-1)
+
+
+def test_zero_bytes_pad_each_bucket_and_count_the_flags():
+    model = MLP(3, 4, 2)  # 12 + 4 + 8 + 2 elements
+    assert zero_bytes(model, stage=0, n=4) == {"all_reduce": data_parallel_bytes(model)}
+    sharded = {"reduce_scatter": 4 * 28, "all_gather": 4 * 28, "all_reduce": 4}
+    assert zero_bytes(model, stage=1, n=4) == sharded
+    assert zero_bytes(model, stage=2, n=4) == sharded
+    third = sharded | {"all_gather": 2 * 4 * 28}
+    assert zero_bytes(model, stage=3, n=4) == third
+    kept = zero_bytes(model, stage=3, n=4, reshard_after_forward=False)
+    assert kept == sharded
+    two = [list(layer.parameters()) for layer in (model[0], model[2])]
+    cut = zero_bytes(model, stage=2, n=4, buckets=two)
+    assert cut["reduce_scatter"] == 4 * (16 + 12)
+    cut = zero_bytes(model, stage=2, n=3, buckets=two)
+    assert cut["reduce_scatter"] == 4 * (18 + 12)
+
+
+def test_zero_bytes_in_other_dtypes():
+    model = MLP(3, 4, 2)
+    half = {"weight_bytes": 2, "gradient_bytes": 2}
+    assert zero_bytes(model, stage=0, n=4, **half) == {"all_reduce": 2 * (26 + 4)}
+    assert zero_bytes(model, stage=3, n=4, **half) == {
+        "reduce_scatter": 2 * 28,
+        "all_gather": 2 * 2 * 28,
+        "all_reduce": 4,
+    }
+    model[2].to(torch.float64)  # dtypes have buckets of their own: 16 and 10 elements
+    assert zero_bytes(model, stage=1, n=4)["all_gather"] == 4 * 16 + 8 * 12
+
+
+def test_zero_bytes_move_frozen_weights_at_stage_3_only():
+    model = MLP(3, 4, 2)
+    for parameter in model[0].parameters():
+        parameter.requires_grad_(False)
+    trained = {"reduce_scatter": 4 * 12, "all_gather": 4 * 12, "all_reduce": 2}
+    assert zero_bytes(model, stage=1, n=4) == trained
+    buckets = bucket_parameters(model.parameters(), 2**20)
+    assert zero_bytes(model, stage=1, n=4, buckets=buckets) == trained
+    third = trained | {"all_gather": 2 * 4 * (16 + 12)}
+    assert zero_bytes(model, stage=3, n=4) == third
+    mixed = {"reduce_scatter": 4 * 28, "all_gather": 2 * 4 * 28, "all_reduce": 2}
+    assert zero_bytes(model, stage=3, n=4, buckets=buckets) == mixed
+
+
+@given(n=st.integers(1, 7), bucket_bytes=st.integers(1, 500))
+def test_zero_bytes_of_stage_1_are_at_least_those_of_an_all_reduce(n, bucket_bytes):
+    model = MLP(5, 4, 3, 2)
+    buckets = bucket_parameters(model.parameters(), bucket_bytes)
+    predicted = zero_bytes(model, stage=1, n=n, buckets=buckets)
+    flags = predicted.pop("all_reduce")
+    sent = sum(wire_bytes(op, nbytes, n) for op, nbytes in predicted.items())
+    whole = wire_bytes("all_reduce", sum(4 * p.numel() for p in model.parameters()), n)
+    assert flags == 6
+    assert whole - 1e-6 <= sent < whole + 2 * 4 * n * len(buckets)
+
+
+def test_zero_bytes_refuse_buckets_that_miss_or_repeat_a_parameter():
+    model = MLP(3, 4, 2)
+    for buckets in (
+        [model[0].parameters()],
+        [model.parameters(), model[0].parameters()],
+    ):
+        with pytest.raises(ValueError, match="each parameter of the model once"):
+            zero_bytes(model, stage=2, n=2, buckets=buckets)
 
 
 def kept_bytes(model: nn.Module, forward) -> int:
