@@ -42,9 +42,11 @@ from labpkg.check.data_parallel_exercises import (
     accumulated_gradient,
     bucket_sizes,
     end_of_step,
-    loss_weights,
-    mean_gradients,
-    shard_batch,
+)
+from labpkg.check.data_parallel_replicas_exercises import (
+    first_drift,
+    local_sgd,
+    mean_of_used,
 )
 from labpkg.check.gradient_descent_adamw_exercises import adamw_step
 from labpkg.check.gradient_descent_curvature_exercises import (
@@ -110,6 +112,7 @@ __all__ = [
     "end_of_step",
     "exchange",
     "finish_times",
+    "first_drift",
     "first_failure",
     "first_mismatch",
     "fit_alpha_beta",
@@ -119,8 +122,8 @@ __all__ = [
     "hang_suspect",
     "label_smoothing",
     "linear_schedule",
-    "loss_weights",
-    "mean_gradients",
+    "local_sgd",
+    "mean_of_used",
     "merge_attention",
     "merged_statistics",
     "momentum_step",
@@ -137,7 +140,6 @@ __all__ = [
     "ring_pays_from",
     "ring_time",
     "sent_bytes",
-    "shard_batch",
     "shard_bounds",
     "sharpness",
     "softmax",

@@ -1,6 +1,8 @@
-"""Checkers of the exercises of the chapter parallelism/data_parallel.
+"""Checkers of the exercises on one step of the chapter parallelism/data_parallel.
 
-Notation: n ranks, B samples in the global batch, D numbers in a gradient.
+The gradient that it averages, the buckets that carry it, and when the last one arrives.
+
+Notation: n ranks, M micro-batches, D numbers in a gradient.
 """
 
 from __future__ import annotations
@@ -12,59 +14,6 @@ import torch
 from torch import Tensor
 
 from labpkg.check.result import CheckResult, Exercise
-
-
-def shard_batch(fn: Callable[..., Any]) -> CheckResult:
-    """Check `shard_batch(batch, num_ranks)`: each sample on exactly one rank, in order.
-
-    Rank r gets the samples from B r // n up to B (r + 1) // n, so sizes differ by at
-    most one and a rank may have none.
-
-    Shape:
-        batch (B, ...) -> list of n tensors (about B/n, ...)
-
-    Args:
-        fn: your function.
-
-    Returns:
-        A `CheckResult`, false with a hint when a case fails.
-    """
-    return _SHARD_BATCH.check(fn)
-
-
-def mean_gradients(fn: Callable[..., Any]) -> CheckResult:
-    """Check `mean_gradients(gradients)`: what every rank holds after averaging.
-
-    `gradients[r][i]` is the gradient of parameter i on rank r; all ranks have as many
-    samples.
-
-    Shape:
-        gradients: n lists of tensors -> one list of tensors of the same shapes
-
-    Args:
-        fn: your function.
-
-    Returns:
-        A `CheckResult`, false with a hint when a case fails.
-    """
-    return _MEAN_GRADIENTS.check(fn)
-
-
-def loss_weights(fn: Callable[..., Any]) -> CheckResult:
-    """Check `loss_weights(counts)`: the factor for the mean loss of each rank.
-
-    With these factors, the plain mean over ranks is the mean over all samples.
-
-    Shape:
-        counts (n,) int64 -> (n,)
-
-    Args:
-        fn: your function.
-
-    Returns:
-        A `CheckResult`, false with a hint when a case fails.
-    """
-    return _LOSS_WEIGHTS.check(fn)
 
 
 def accumulated_gradient(fn: Callable[..., Any]) -> CheckResult:
@@ -126,129 +75,6 @@ def _random(*shape: int) -> Tensor:
 
 def _counts(*numbers: Any) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
-
-
-def _shards(batch: Tensor, n: int) -> list[Tensor]:
-    B = len(batch)
-    return [batch[B * r // n : B * (r + 1) // n] for r in range(n)]
-
-
-_SHARD_BATCH = Exercise(
-    name="shard_batch",
-    arguments=("batch", "num_ranks"),
-    reference=_shards,
-    cases=[
-        (torch.arange(8.0, device="cpu"), 4),
-        (torch.arange(10.0, device="cpu"), 4),
-        (torch.arange(10.0, device="cpu"), 3),
-        (torch.arange(4.0, device="cpu"), 1),
-        (torch.arange(2.0, device="cpu"), 3),
-        (torch.arange(7.0, device="cpu"), 7),
-        (torch.arange(0.0, device="cpu"), 2),
-        (_random(5, 2), 2),
-    ],
-    mistakes={
-        "every rank gets the whole batch: n times the work, and no new "
-        "sample": lambda batch, n: [batch] * n,
-        "samples are lost when n does not divide B: the last rank ends at B": (
-            lambda batch, n: [
-                batch[len(batch) // n * r : len(batch) // n * (r + 1)] for r in range(n)
-            ]
-        ),
-        "the last rank gets everything that remains; sizes may differ by one": (
-            lambda batch, n: [
-                batch[len(batch) // n * r :][: len(batch) // n if r < n - 1 else None]
-                for r in range(n)
-            ]
-        ),
-        "rank r gets every n-th sample; the pieces must be contiguous, so that they "
-        "join to the batch in order": lambda batch, n: [batch[r::n] for r in range(n)],
-        "torch.chunk may return fewer pieces than ranks, or an uneven last one": (
-            lambda batch, n: list(batch.chunk(n))
-        ),
-        "the right sizes on other ranks: rank r starts at B r // n": (
-            lambda batch, n: list(batch.tensor_split(n))
-        ),
-    },
-    hint="rank r gets batch[B * r // n : B * (r + 1) // n], for r = 0 to n - 1",
-)
-
-
-def _totals(gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [torch.stack(of_ranks).sum(0) for of_ranks in zip(*gradients, strict=True)]
-
-
-def _means(gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [total / len(gradients) for total in _totals(gradients)]
-
-
-def _replicas(num_ranks: int, *shapes: tuple[int, ...]) -> list[list[Tensor]]:
-    return [
-        [_random(*shape) * (rank + 1) + rank for shape in shapes]
-        for rank in range(num_ranks)
-    ]
-
-
-_MEAN_GRADIENTS = Exercise(
-    name="mean_gradients",
-    arguments=("gradients",),
-    reference=_means,
-    cases=[
-        (_replicas(2, (3,), (2,), (1,)),),
-        (_replicas(4, (2, 3), (2,)),),
-        (_replicas(3, (2, 3), (2,), (1, 2), (1,)),),
-        (_replicas(1, (4,), (2, 2)),),
-        (_replicas(5, (1,), (1,)),),
-        (_replicas(2, (2, 1, 2)),),
-        (_replicas(8, (2,), (3,)),),
-        (_replicas(3, (0,), (2,)),),
-    ],
-    mistakes={
-        "this is the sum; n ranks make the step n times too long: divide by n": _totals,
-        "these are the gradients of one rank; nothing was averaged": (
-            lambda gradients: list(gradients[0])
-        ),
-        "average parameter i over the ranks, not rank r over its parameters": (
-            lambda all_: [
-                torch.cat([g.reshape(-1) for g in g_r]).mean() for g_r in all_
-            ]
-        ),
-        "return one list, not one for each rank: all ranks hold the same": (
-            lambda gradients: [_means(gradients)] * len(gradients)
-        ),
-        "divide by the number of ranks, not of parameters": lambda gradients: [
-            total / len(gradients[0]) for total in _totals(gradients)
-        ],
-    },
-    hint="for each parameter i, the mean of gradients[r][i] over the ranks r",
-)
-
-_LOSS_WEIGHTS = Exercise(
-    name="loss_weights",
-    arguments=("counts",),
-    reference=lambda counts: len(counts) * counts / counts.sum(),
-    cases=[
-        (_counts(90, 10),),
-        (_counts(34, 33, 33),),
-        (_counts(8, 8, 8, 8),),
-        (_counts(5),),
-        (_counts(0, 3),),
-        (_counts(1, 0, 0, 2),),
-        (_counts(1, 2, 3, 4, 5),),
-        (_counts(1000, 1),),
-    ],
-    mistakes={
-        "the averaging divides by n as well: multiply by n": lambda counts: (
-            counts / counts.sum()
-        ),
-        "equal weights ignore the counts": lambda counts: torch.ones(len(counts)),
-        "this gives all ranks the same say; a rank with more samples weighs more": (
-            lambda counts: counts.sum() / (len(counts) * counts)
-        ),
-        "divide by the number of all samples": lambda counts: len(counts) * counts,
-    },
-    hint="n * count / sum of the counts: 1 when all counts are equal, 0 for no samples",
-)
 
 
 def _over_all(gradients: Tensor, counts: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The checkers of parallelism/data_parallel accept right answers and name mistakes."""
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,15 +13,6 @@ EXERCISES: dict[str, Any] = {
     for name, checker in vars(check).items()
     if getattr(checker, "__module__", "") == "labpkg.check.data_parallel_exercises"
 }
-
-
-def shard_batch(batch, n):
-    bounds = [len(batch) * r // n for r in range(n + 1)]
-    return [batch[a:b] for a, b in pairwise(bounds)]
-
-
-def mean_gradients(gradients):
-    return [sum(of_ranks) / len(of_ranks) for of_ranks in zip(*gradients, strict=True)]
 
 
 def accumulated_gradient(gradients, counts):
@@ -45,10 +35,6 @@ def end_of_step(ready, durations):
 
 
 RIGHT = [
-    ("shard_batch", shard_batch),
-    ("mean_gradients", mean_gradients),
-    ("mean_gradients", lambda g: tuple(mean_gradients(g))),
-    ("loss_weights", lambda c: c / c.double().mean()),
     ("accumulated_gradient", accumulated_gradient),
     ("bucket_sizes", bucket_sizes),
     ("end_of_step", end_of_step),
@@ -60,22 +46,6 @@ def test_right_answers_pass(name, answer):
     result = EXERCISES[name](answer)
     assert result, result.message
     assert result.cases >= 8
-
-
-def dropped_rest(batch, n):
-    size = len(batch) // n
-    return [batch[r * size : (r + 1) * size] for r in range(n)]
-
-
-def piled_rest(batch, n):
-    return [*dropped_rest(batch, n)[:-1], batch[len(batch) // n * (n - 1) :]]
-
-
-def in_place_mean(gradients):
-    for other in gradients[1:]:
-        for mine, theirs in zip(gradients[0], other, strict=True):
-            mine += theirs
-    return [g / len(gradients) for g in gradients[0]]
 
 
 def each_rank(gradients, counts):
@@ -96,34 +66,6 @@ def full_buckets_only(sizes, bucket_bytes):
 
 
 WRONG = [
-    ("shard_batch", lambda b, n: b, "returns its argument"),
-    ("shard_batch", lambda b, n: [b for _ in range(n)], "n times the work"),
-    ("shard_batch", dropped_rest, "samples are lost"),
-    ("shard_batch", piled_rest, "everything that remains"),
-    ("shard_batch", lambda b, n: [b[r::n] for r in range(n)], "contiguous"),
-    ("shard_batch", lambda b, n: b.chunk(n), "torch.chunk"),
-    ("shard_batch", lambda b, n: b.tensor_split(n), "the right sizes on other ranks"),
-    ("mean_gradients", lambda g: g, "returns its argument"),
-    ("mean_gradients", lambda g: [sum(x) for x in zip(*g, strict=True)], "the sum"),
-    ("mean_gradients", lambda g: g[0], "nothing was averaged"),
-    ("mean_gradients", lambda g: [mean_gradients(g) for _ in g], "return one list"),
-    (
-        "mean_gradients",
-        lambda g: [torch.cat([x.flatten() for x in own]).mean() for own in g],
-        "not rank r over its parameters",
-    ),
-    (
-        "mean_gradients",
-        lambda g: [x * len(g) / len(g[0]) for x in mean_gradients(g)],
-        "not of parameters",
-    ),
-    ("mean_gradients", in_place_mean, "changes its argument gradients"),
-    ("loss_weights", lambda c: c, "returns its argument"),
-    ("loss_weights", lambda c: c / c.sum(), "multiply by n"),
-    ("loss_weights", lambda c: [1.0] * len(c), "return a tensor of shape (2,)"),
-    ("loss_weights", lambda c: torch.ones(len(c)), "ignore the counts"),
-    ("loss_weights", lambda c: c.sum() / c / len(c), "the same say"),
-    ("loss_weights", lambda c: len(c) * c, "number of all samples"),
     ("accumulated_gradient", lambda g, c: g, "returns its argument"),
     ("accumulated_gradient", lambda g, c: g.mean((0, 1)), "more tokens weighs more"),
     ("accumulated_gradient", lambda g, c: g.mean(0).sum(0), "M times too long"),
