@@ -4,9 +4,9 @@ A bucket is a flat tensor with a view for every parameter in it. Engines cut the
 parameters into buckets in reverse order, because backward produces the gradients of the
 last layers first. Tensors that differ in dtype or device never share a bucket.
 
-`ShardedBucket` cuts a bucket into one slice for each rank, all of the same length: the
-end is padded by at most n - 1 elements. A slice begins and ends anywhere, so a
-parameter may lie on several ranks; what one rank has of it is a `Shard`.
+`ShardedBucket` cuts a bucket into one slice for each rank; lengths differ by at most
+one element. A slice begins and ends anywhere, so a parameter may lie on several ranks;
+what one rank has of it is a `Shard`.
 
 Chapters: parallelism/data_parallel, parallelism/zero. References: Li et al. 2020, PVLDB
 13(12):3005-3018, arXiv:2006.15704; Rajbhandari et al. 2020, SC20, arXiv:1910.02054.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from labpkg.processes.collectives import all_gather
+from labpkg.processes.in_place import all_gather_, slice_bounds
 
 
 def bucket_parameters(
@@ -90,29 +90,27 @@ class Shard:
 
 
 class ShardedBucket:
-    """The geometry of a bucket that is cut into equal slices, one for each rank.
+    """The geometry of a bucket that is cut into slices, one for each rank.
 
     Args:
         shapes: Shapes of the parameters, in order.
         mesh: The axis.
 
     Attributes:
-        num_elements: Elements of all slices, with the padding at the end: a multiple
-            of the number of ranks.
-        slice_elements: Elements of one slice.
+        num_elements: Elements of all slices.
+        slice_elements: Elements of this rank's slice; ranks differ by at most one.
         own: Where this rank's slice lies in the flat bucket.
         ranges: First and last element of each flat parameter on this rank.
         shards: This rank's part of each parameter, once `attach` was called.
     """
 
     def __init__(self, shapes: Sequence[torch.Size], mesh: DeviceMesh) -> None:
-        n, rank = mesh.size(), mesh.get_local_rank()
         self.mesh, self.shapes = mesh, list(shapes)
-        self.slice_elements = -(-sum(shape.numel() for shape in shapes) // n)
-        self.num_elements = n * self.slice_elements
-        first = rank * self.slice_elements
-        last = first + self.slice_elements
-        self.own = slice(first, last)
+        self.num_elements = sum(shape.numel() for shape in shapes)
+        first, last = slice_bounds(
+            self.num_elements, mesh.size(), mesh.get_local_rank()
+        )
+        self.own, self.slice_elements = slice(first, last), last - first
         self.ranges: list[tuple[int, int]] = []  # this rank's, of each flat parameter
         offset = 0
         for numel in (shape.numel() for shape in shapes):
@@ -162,12 +160,15 @@ class ShardedBucket:
 
         Communication: one all_gather of the bucket, (n - 1) / n of its bytes per rank.
         """
-        own = self.shards[0].local.new_zeros(self.slice_elements, dtype=dtype)
+        like = self.shards[0].local
+        whole = like.new_empty(self.num_elements, dtype=dtype)
+        own = whole[self.own].zero_()
         for shard, part in zip(self.shards, self.cut(own), strict=True):
             piece = value(shard)
             if piece is not None:
                 part.copy_(piece.detach().reshape(-1))
-        return self.views(all_gather(own, self.mesh))
+        all_gather_(whole, own, self.mesh).wait()
+        return self.views(whole)
 
 
 def shard_of(parameter: Tensor) -> Shard | None:

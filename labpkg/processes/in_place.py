@@ -11,6 +11,7 @@ Chapter: parallelism/data_parallel. Reference: Thakur, Rabenseifner, Gropp 2005,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from labpkg.processes import transport
 from labpkg.processes.collectives import check_op
-from labpkg.processes.traffic import axis_of, start
+from labpkg.processes.traffic import Axis, axis_of, start
 from labpkg.processes.transport import Work
 
 
@@ -77,10 +78,13 @@ def broadcast_(x: Tensor, mesh: DeviceMesh | None = None, *, src: int = 0) -> Wo
 
 
 def all_gather_(out: Tensor, x: Tensor, mesh: DeviceMesh | None = None) -> Work:
-    """Start writing the flat `x` of all ranks into the flat `out`, in rank order.
+    """Start writing the flat slices `x` of all ranks into the flat `out`, in order.
+
+    The slices are those of `torch.tensor_split(out, n)`: the first K mod n ranks have
+    one element more. If n does not divide K, they travel padded: one more copy.
 
     Args:
-        out: Where the whole goes, n times as long as `x`.
+        out: Where the whole goes.
         x: This rank's slice; it may be its place in `out`.
         mesh: The axis; None means all ranks.
 
@@ -88,18 +92,22 @@ def all_gather_(out: Tensor, x: Tensor, mesh: DeviceMesh | None = None) -> Work:
         The transfer in flight; call `.wait()` before reading `out`.
 
     Raises:
-        ValueError: If `out` is not n times as long as `x`, or for a mesh of several
-            axes.
+        ValueError: If `x` has not the length of this rank's slice, or for a mesh of
+            several axes.
 
     Shape: x (K/n,) -> out (K,).
 
     Communication: (n - 1) / n of the bytes of `out` per rank.
     """
     axis = axis_of(mesh)
-    _check_slices(out, x, axis.size)
-    move = partial(transport.all_gather, out, x, axis.group)
-    local = lambda: out.view(axis.size, -1).copy_(x.clone().expand(axis.size, -1))
-    return start("all_gather", axis, out.nbytes, move, local)
+    _check_slices(out, x, axis)
+    staged = _Rows(out, axis)
+    own = staged.pad(x)
+    whole = staged.rows.view(-1)
+    move = partial(transport.all_gather, whole, own, axis.group)
+    local = lambda: staged.rows.copy_(own.clone().expand_as(staged.rows))
+    work = start("all_gather", axis, out.nbytes, move, local)
+    return _Finished(work, lambda: staged.write_to(out))
 
 
 def reduce_scatter_(
@@ -112,9 +120,11 @@ def reduce_scatter_(
 ) -> Work:
     """Start reducing the flat `x` over the ranks; `out` gets this rank's slice.
 
+    The slices are those of `torch.tensor_split(x, n)`; see `all_gather_`.
+
     Args:
         out: Where the slice goes; it may be its place in `x`.
-        x: The flat tensor, n times as long as `out`.
+        x: The flat tensor.
         mesh: The axis; None means all ranks.
         op: `sum`, `mean`, `max`, `min` or `product`.
         deterministic: Combine in rank order; see `collectives.all_reduce`.
@@ -123,7 +133,7 @@ def reduce_scatter_(
         The transfer in flight; call `.wait()` before reading `out`.
 
     Raises:
-        ValueError: If `x` is not n times as long as `out`; as `all_reduce_`.
+        ValueError: If `out` has not the length of this rank's slice; as `all_reduce_`.
 
     Shape: x (K,) -> out (K/n,).
 
@@ -131,21 +141,84 @@ def reduce_scatter_(
     """
     axis = axis_of(mesh)
     check_op(op, x)
-    _check_slices(x, out, axis.size)
+    _check_slices(x, out, axis)
+    staged = _Rows(x, axis)
+    staged.read_from(x)
+    own = staged.pad(out)
+    whole = staged.rows.view(-1)
     move = partial(
-        transport.reduce_scatter, out, x, axis.group, op, ordered=deterministic
+        transport.reduce_scatter, own, whole, axis.group, op, ordered=deterministic
     )
-    local = lambda: out.copy_(x.view(axis.size, -1)[axis.rank].clone())
-    return start("reduce_scatter", axis, x.nbytes, move, local)
+    local = lambda: own.copy_(staged.rows[axis.rank].clone())
+    work = start("reduce_scatter", axis, x.nbytes, move, local)
+    return _Finished(work, lambda: staged.unpad(own, out))
 
 
-def _check_slices(whole: Tensor, part: Tensor, n: int) -> None:
+def slice_bounds(num_elements: int, n: int, rank: int) -> tuple[int, int]:
+    """Return where the slice of a rank begins and ends, as `torch.tensor_split` cuts.
+
+    Args:
+        num_elements: Length of the flat tensor.
+        n: Ranks.
+        rank: The rank that owns the slice.
+    """
+    short, num_longer = divmod(num_elements, n)
+    first = rank * short + min(rank, num_longer)
+    return first, first + short + (rank < num_longer)
+
+
+class _Rows:
+    """A flat tensor as one row for each rank: itself, or padded if n does not fit."""
+
+    def __init__(self, flat: Tensor, axis: Axis) -> None:
+        self.n, self.is_even = axis.size, flat.numel() % axis.size == 0
+        length = -(-flat.numel() // axis.size)
+        staged = flat if self.is_even else flat.new_zeros(axis.size * length)
+        self.rows = staged.view(axis.size, length)
+
+    def read_from(self, flat: Tensor) -> None:
+        if not self.is_even:
+            for row, part in zip(self.rows, flat.tensor_split(self.n), strict=True):
+                row[: part.numel()] = part
+
+    def write_to(self, flat: Tensor) -> None:
+        if not self.is_even:
+            for row, part in zip(self.rows, flat.tensor_split(self.n), strict=True):
+                part.copy_(row[: part.numel()])
+
+    def pad(self, part: Tensor) -> Tensor:
+        if self.is_even:
+            return part
+        padded = part.new_zeros(self.rows.shape[1])
+        padded[: part.numel()] = part
+        return padded
+
+    def unpad(self, padded: Tensor, part: Tensor) -> None:
+        if not self.is_even:
+            part.copy_(padded[: part.numel()])
+
+
+class _Finished:
+    """Wait for a transfer, then finish with a function; once."""
+
+    def __init__(self, work: Work, finish: Callable[[], None]) -> None:
+        self.work, self.steps = work, [finish]
+
+    def wait(self) -> None:
+        self.work.wait()
+        while self.steps:
+            self.steps.pop()()
+
+
+def _check_slices(whole: Tensor, part: Tensor, axis: Axis) -> None:
     _check_in_place(whole)
     _check_in_place(part)
-    if whole.shape != (n * part.numel(),) or part.ndim != 1:
+    first, last = slice_bounds(whole.numel(), axis.size, axis.rank)
+    if whole.ndim != 1 or part.shape != (last - first,):
         raise ValueError(
-            f"shapes {tuple(whole.shape)} and {tuple(part.shape)} are not flat with "
-            f"one slice for each of {n} ranks; pad to a multiple of {n} elements"
+            f"shapes {tuple(whole.shape)} and {tuple(part.shape)} are not a flat "
+            f"tensor and the slice of rank {axis.rank} of {axis.size}, "
+            f"({last - first},); cut it as torch.tensor_split does"
         )
 
 

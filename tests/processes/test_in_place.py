@@ -2,10 +2,17 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import labpkg as lab
 from labpkg.processes import collectives, transport
-from labpkg.processes.in_place import all_gather_, broadcast_, reduce_scatter_
+from labpkg.processes.in_place import (
+    all_gather_,
+    broadcast_,
+    reduce_scatter_,
+    slice_bounds,
+)
 
 
 def slices(num_elements: int, messages: bool, deterministic: bool) -> dict:
@@ -13,10 +20,10 @@ def slices(num_elements: int, messages: bool, deterministic: bool) -> dict:
     if messages:
         transport.use_messages(mesh.get_group())
     n, rank = mesh.size(), mesh.get_local_rank()
-    x = torch.randn(n * num_elements, generator=torch.Generator().manual_seed(rank))
-    want = lab.reduce_scatter(x, mesh, op="mean")
-    own = slice(rank * num_elements, (rank + 1) * num_elements)
-    aliased, separate = x.clone(), torch.empty(num_elements)
+    x = torch.randn(num_elements, generator=torch.Generator().manual_seed(rank))
+    want = lab.all_reduce(x, mesh, op="mean")
+    own = slice(*slice_bounds(num_elements, n, rank))
+    aliased, separate = x.clone(), torch.empty(own.stop - own.start)
     kwargs = {"op": "mean", "deterministic": deterministic}
     with lab.count_comms() as log:
         works = [
@@ -26,7 +33,7 @@ def slices(num_elements: int, messages: bool, deterministic: bool) -> dict:
         for work in works:
             work.wait()
     assert log["dp", "reduce_scatter"].payload_bytes == 2 * x.nbytes
-    whole = torch.empty(n * num_elements)
+    whole = torch.empty(num_elements)
     with lab.count_comms() as log:
         works = [
             all_gather_(whole, separate, mesh),
@@ -40,14 +47,14 @@ def slices(num_elements: int, messages: bool, deterministic: bool) -> dict:
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("messages", [False, True])
-@pytest.mark.parametrize("num_elements", [1, 3000])
+@pytest.mark.parametrize("num_elements", [0, 3, 4, 12_000, 12_003])
 def test_slices_equal_the_functional_ones(
     world4, num_elements, messages, deterministic
 ):
     ranks = world4.run(slices, num_elements, messages, deterministic)
     whole = torch.cat([r["part"] for r in ranks])
     for r in ranks:
-        assert torch.allclose(r["part"], r["want"])
+        assert torch.allclose(whole, r["want"], atol=1e-6)
         assert torch.equal(r["whole"], whole)
         assert torch.equal(r["aliased"], whole)
 
@@ -56,16 +63,26 @@ def switched_off():
     mesh = lab.make_mesh(dp=2)["dp"]
     rank = mesh.get_local_rank()
     x, part, whole = torch.arange(4.0) + rank, torch.empty(2), torch.empty(4)
+    odd = torch.arange(3.0) + rank
     with collectives.off():
         reduce_scatter_(part, x, mesh).wait()
         all_gather_(whole, part, mesh).wait()
         all_gather_(x, x[:2], mesh).wait()
         broadcast_(part, mesh).wait()
-    return part, whole, x
+        all_gather_(odd, odd[:2] if rank == 0 else odd[2:], mesh).wait()
+    return part, whole, x, odd
 
 
 def test_switched_off_they_answer_from_local_data(world2):
-    for rank, (part, whole, x) in enumerate(world2.run(switched_off)):
+    for rank, (part, whole, x, odd) in enumerate(world2.run(switched_off)):
         assert part.tolist() == [3.0 * rank, 3.0 * rank + 1]
         assert whole.tolist() == [*part.tolist()] * 2
         assert x.tolist() == [rank, rank + 1.0] * 2
+        assert odd.tolist() == [[0.0, 1.0, 0.0], [3.0, 0.0, 3.0]][rank]
+
+
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_slices_are_those_of_tensor_split(num_elements, n):
+    cuts = torch.arange(num_elements).tensor_split(n)
+    for rank, part in enumerate(cuts):
+        assert [*range(*slice_bounds(num_elements, n, rank))] == part.tolist()
