@@ -91,6 +91,8 @@ from labpkg.check.transformer_exercises import (
     multi_head,
 )
 from labpkg.check.vocabulary_exercises import chunked_cross_entropy
+from labpkg.check.zero_exercises import fewest_ranks, owned_ranges, zero_memory
+from labpkg.check.zero_step_exercises import clip_slices, reshard, sharded_momentum
 
 __all__ = [
     "CheckResult",
@@ -105,12 +107,14 @@ __all__ = [
     "causal_mask",
     "chunked_cross_entropy",
     "clip_by_norm",
+    "clip_slices",
     "cross_entropy",
     "cross_entropy_gradient",
     "doubling_rounds",
     "early_stopping",
     "end_of_step",
     "exchange",
+    "fewest_ranks",
     "finish_times",
     "first_drift",
     "first_failure",
@@ -130,17 +134,20 @@ __all__ = [
     "multi_head",
     "new_enough",
     "num_pieces",
+    "owned_ranges",
     "padded_indices",
     "position_noise",
     "rank_batch",
     "rank_variables",
     "ranks_per_gpu",
+    "reshard",
     "ring_all_reduce",
     "ring_neighbours",
     "ring_pays_from",
     "ring_time",
     "sent_bytes",
     "shard_bounds",
+    "sharded_momentum",
     "sharpness",
     "softmax",
     "stability_limit",
@@ -152,4 +159,5 @@ __all__ = [
     "visible_gpus",
     "weighted_mean",
     "whole_run",
+    "zero_memory",
 ]
