@@ -1,0 +1,155 @@
+"""The checkers of parallelism/zero on the sharded step: right and wrong answers."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from labpkg import check
+from tests.check.laws import ExerciseLaws
+
+EXERCISES: dict[str, Any] = {
+    name: checker
+    for name, checker in vars(check).items()
+    if getattr(checker, "__module__", "") == "labpkg.check.zero_step_exercises"
+}
+
+
+def clip_slices(slices, max_norm):
+    """Let torch clip the joined vector."""
+    whole = torch.nn.Parameter(torch.cat(slices))
+    whole.grad = torch.cat(slices)
+    torch.nn.utils.clip_grad_norm_([whole], max_norm)
+    return list(whole.grad.split([len(s) for s in slices]))
+
+
+def sharded_momentum(theta, gradients, velocities, lr, momentum):
+    """Let torch take the step on the whole."""
+    parameter = torch.nn.Parameter(theta.clone())
+    optimizer = torch.optim.SGD([parameter], lr=lr, momentum=momentum)
+    optimizer.state[parameter]["momentum_buffer"] = torch.cat(velocities)
+    parameter.grad = sum(gradients) / len(gradients)
+    optimizer.step()
+    new = optimizer.state[parameter]["momentum_buffer"]
+    return parameter.detach(), list(new.chunk(len(gradients)))
+
+
+def reshard(slices, num_elements, n):
+    values = torch.cat(slices).tolist()[:num_elements]
+    values += [0.0] * (-num_elements % n)
+    return list(torch.tensor(values).view(n, -1))
+
+
+RIGHT = [
+    ("clip_slices", clip_slices),
+    ("sharded_momentum", sharded_momentum),
+    ("reshard", reshard),
+]
+
+
+@pytest.mark.parametrize(("name", "answer"), RIGHT)
+def test_right_answers_pass(name, answer):
+    result = EXERCISES[name](answer)
+    assert result, result.message
+    assert result.cases >= 8
+
+
+def by_own_norm(slices, max_norm):
+    return [clip_slices([s], max_norm)[0] for s in slices]
+
+
+def by_sum_of_norms(slices, max_norm):
+    total = sum(s.norm() for s in slices)
+    return [s * min(1.0, max_norm / total) for s in slices]
+
+
+def by_square(slices, max_norm):
+    total = sum((s**2).sum() for s in slices)
+    return [s * min(1.0, max_norm / total) for s in slices]
+
+
+def always(slices, max_norm):
+    return [s * max_norm / torch.cat(slices).norm() for s in slices]
+
+
+def with_own_gradient(theta, gradients, velocities, lr, momentum):
+    n = len(gradients)
+    own = [g.chunk(n)[r] for r, g in enumerate(gradients)]
+    new = [momentum * v + g for v, g in zip(velocities, own, strict=True)]
+    return theta - lr * torch.cat(new), new
+
+
+def with_sum(theta, gradients, velocities, lr, momentum):
+    larger = [len(gradients) * g for g in gradients]
+    return sharded_momentum(theta, larger, velocities, lr, momentum)
+
+
+def rank_0_only(theta, gradients, velocities, lr, momentum):
+    new, states = sharded_momentum(theta, gradients, velocities, lr, momentum)
+    return torch.cat([new[: len(states[0])], theta[len(states[0]) :]]), states
+
+
+def theta_first(theta, gradients, velocities, lr, momentum):
+    _, states = sharded_momentum(theta, gradients, velocities, lr, momentum)
+    return theta - lr * torch.cat(velocities), states
+
+
+def cut_theta(theta, gradients, velocities, lr, momentum):
+    new, states = sharded_momentum(theta, gradients, velocities, lr, momentum)
+    return list(new.chunk(len(states))), states
+
+
+def damped(theta, gradients, velocities, lr, momentum):
+    smaller = [(1 - momentum) * g for g in gradients]
+    return sharded_momentum(theta, smaller, velocities, lr, momentum)
+
+
+def each_slice_cut(slices, num_elements, n):
+    return [torch.cat([s.tensor_split(n)[r] for s in slices]) for r in range(n)]
+
+
+WRONG = [
+    ("clip_slices", lambda slices, max_norm: slices, "returns its argument"),
+    ("clip_slices", by_own_norm, "the factors differ"),
+    ("clip_slices", by_sum_of_norms, "add the squares"),
+    ("clip_slices", by_square, "the root is missing"),
+    ("clip_slices", always, "left as it is"),
+    ("clip_slices", lambda s, m: [x.clamp(-m, m) for x in s], "limits each element"),
+    ("sharded_momentum", lambda theta, *rest: theta, "returns its argument"),
+    ("sharded_momentum", with_own_gradient, "reduce-scatter first"),
+    ("sharded_momentum", with_sum, "divide by n"),
+    ("sharded_momentum", rank_0_only, "all-gather is missing"),
+    ("sharded_momentum", theta_first, "update the velocity before theta"),
+    ("sharded_momentum", cut_theta, "join the slices of theta"),
+    ("sharded_momentum", damped, "undamped"),
+    ("reshard", lambda slices, num_elements, n: slices, "returns its argument"),
+    (
+        "reshard",
+        lambda slices, _, n: reshard(slices, sum(map(len, slices)), n),
+        "padding of the old slices",
+    ),
+    (
+        "reshard",
+        lambda slices, num_elements, n: torch.cat(slices)[:num_elements].tensor_split(
+            n
+        ),
+        "slices differ in length",
+    ),
+    (
+        "reshard",
+        lambda slices, num_elements, n: torch.cat(slices)[:num_elements].split(
+            -(-num_elements // n)
+        ),
+        "pad the last with zeros",
+    ),
+    ("reshard", each_slice_cut, "join them first"),
+    ("reshard", lambda slices, K, n: torch.cat(slices)[:K], "not the whole"),
+]
+
+
+class TestLaws(ExerciseLaws):
+    exercises, wrong = EXERCISES, WRONG
+
+
+def test_each_exercise_has_a_right_answer():
+    assert {name for name, _ in RIGHT} == set(EXERCISES)
