@@ -129,7 +129,7 @@ def model_state_bytes(
             float32, 4 for momentum, 12 for AdamW with a float32 copy of half weights.
 
     Returns:
-        Bytes of an even cut; padding adds less than n elements for each bucket.
+        Bytes of an even cut; real ranks differ by at most an element for each bucket.
 
     Raises:
         ValueError: for a stage outside 0 to 3, n < 1 or negative sizes.
@@ -138,12 +138,13 @@ def model_state_bytes(
         Rajbhandari et al. 2020, ZeRO: Memory Optimizations Toward Training Trillion
         Parameter Models, arXiv:1910.02054, section 3 and table 1.
     """
-    _check_stage(stage, n)
+    _check_stage(stage)
     sizes = (num_elements, weight_bytes, gradient_bytes, optimizer_bytes)
-    if min(sizes) < 0:
+    if min(sizes) < 0 or n < 1:
         raise ValueError(
             f"num_elements, weight_bytes, gradient_bytes, optimizer_bytes = {sizes} "
-            "must be at least 0; optimizer_bytes=0 is SGD without momentum"
+            f"must be at least 0 and n={n} at least 1; optimizer_bytes=0 is SGD "
+            "without momentum"
         )
     per_element = [
         nbytes / n if stage >= divided_from else nbytes
@@ -157,85 +158,62 @@ def zero_bytes(
     model: _Model,
     *,
     stage: int,
-    n: int,
-    buckets: Iterable[Iterable[_Parameter]] | None = None,
     weight_bytes: int | None = None,
     gradient_bytes: int | None = None,
     reshard_after_forward: bool = True,
 ) -> dict[str, int]:
     """Return the payload bytes of each collective in one step of ZeRO.
 
-    With P the bytes of the parameters, stage 0 all-reduces P (which sends 2 P); stages
+    With P the bytes of the parameters, stage 0 all-reduces P (a rank sends 2 P); stages
     1 and 2 reduce-scatter P and all-gather P: the same bytes on the wire, because these
     are the halves of an all_reduce. Stage 3 gathers a second time, for backward: 3 P.
-    Each bucket is padded to a multiple of n elements, and at stages 1 to 3 one byte
-    for each trainable parameter tells the ranks whether any of them used it.
+    At stages 1 to 3 one byte for each trainable parameter tells the ranks whether any
+    of them used it; `DataParallel` spends one element on that. Frozen parameters are
+    gathered at stage 3, and otherwise stay where they are.
 
     Args:
         model: the whole model, before `fully_shard` cuts it.
         stage: 0 (`DataParallel`) to 3 (`fully_shard`).
-        n: ranks on the axis.
-        buckets: the parameters that travel together, as the engine groups them. By
-            default one bucket for each dtype, which is exact for models smaller than
-            a bucket. Frozen parameters travel at stage 3 only: in a bucket with
-            trainable ones they are reduced too.
         weight_bytes: bytes of an element that is gathered, by default as stored.
         gradient_bytes: bytes of an element that is reduced, by default as stored.
-        reshard_after_forward: whether stage 3 gathers for backward again. Backward
-            reaches no bucket of frozen parameters before the first trainable one.
+        reshard_after_forward: whether stage 3 gathers for backward again. Frozen units
+            before the first trainable one see no backward, and move less.
 
     Returns:
         Payload bytes by name of the collective: `wire_bytes` turns each into what a
         rank sends, and `labpkg.count_comms` counts the same.
 
     Raises:
-        ValueError: for a stage outside 0 to 3, n < 1, or buckets that do not hold each
-            parameter once.
+        ValueError: for a stage outside 0 to 3.
 
     Reference:
         Rajbhandari et al. 2020, arXiv:1910.02054, section 7.
     """
-    _check_stage(stage, n)
+    _check_stage(stage)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if stage == 0:
-        nbytes = (gradient_bytes or p.element_size() for p in trainable)
-        sent = (b * (p.numel() + 1) for b, p in zip(nbytes, trainable, strict=True))
-        return {"all_reduce": sum(sent)}
-    travelling = list(model.parameters()) if stage == 3 else trainable
-    groups = _one_bucket_per_kind(travelling) if buckets is None else buckets
-    groups = [[p for p in g if p.requires_grad or stage == 3] for g in groups]
-    if sorted(id(p) for g in groups for p in g) != sorted(map(id, travelling)):
-        raise ValueError(
-            f"buckets hold {sum(map(len, groups))} parameters of {len(travelling)}, "
-            "or others; give each parameter of the model once"
+        sent = (
+            (gradient_bytes or p.element_size()) * (p.numel() + 1) for p in trainable
         )
-    gathered = reduced = 0
-    for group in filter(None, groups):
-        num_elements = -(-sum(p.numel() for p in group) // n) * n
-        gathered += num_elements * (weight_bytes or group[0].element_size())
-        if any(p.requires_grad for p in group):
-            reduced += num_elements * (gradient_bytes or group[0].element_size())
+        return {"all_reduce": sum(sent)}
+    gathered = model.parameters() if stage == 3 else trainable
     times = 2 if stage == 3 and reshard_after_forward else 1
     return {
-        "all_gather": times * gathered,
-        "reduce_scatter": reduced,
+        "all_gather": times * _total_bytes(gathered, weight_bytes),
+        "reduce_scatter": _total_bytes(trainable, gradient_bytes),
         "all_reduce": len(trainable),
     }
 
 
-def _one_bucket_per_kind(parameters: Iterable[_Parameter]) -> list[list[_Parameter]]:
-    kinds: dict[tuple[str, bool], list[_Parameter]] = {}
-    for parameter in parameters:
-        kind = (str(getattr(parameter, "dtype", "")), parameter.requires_grad)
-        kinds.setdefault(kind, []).append(parameter)
-    return list(kinds.values())
+def _total_bytes(parameters: Iterable[_Parameter], itemsize: int | None) -> int:
+    return sum(p.numel() * (itemsize or p.element_size()) for p in parameters)
 
 
-def _check_stage(stage: int, n: int) -> None:
-    if stage not in (0, 1, 2, 3) or n < 1:
+def _check_stage(stage: int) -> None:
+    if stage not in (0, 1, 2, 3):
         raise ValueError(
-            f"stage={stage} and n={n} must be 0 to 3 and at least 1; stage 1 shards "
-            "the optimizer state, 2 the gradients too, 3 the weights as well"
+            f"stage={stage} must be 0, 1, 2 or 3: stage 1 shards the optimizer state, "
+            "2 the gradients too, 3 the weights as well"
         )
 
 

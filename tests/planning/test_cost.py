@@ -17,7 +17,6 @@ from labpkg.planning.cost import (
     wire_bytes,
     zero_bytes,
 )
-from labpkg.processes.flat import bucket_parameters
 
 
 def ring_all_reduce_bytes(num_elements: int, n: int) -> list[int]:
@@ -107,79 +106,59 @@ def test_model_state_bytes_by_stage(num_elements, n):
 
 
 def test_model_state_bytes_refuse_bad_sizes():
-    for arguments in ({"stage": 4, "n": 2}, {"stage": 1, "n": 0}):
-        with pytest.raises(ValueError, match="must be 0 to 3 and at least 1"):
-            model_state_bytes(10, **arguments)
-        with pytest.raises(ValueError, match="must be 0 to 3 and at least 1"):
-            zero_bytes(MLP(1, 1), **arguments)
+    with pytest.raises(ValueError, match="stage=4 must be 0, 1, 2 or 3"):
+        model_state_bytes(10, stage=4, n=2)
+    with pytest.raises(ValueError, match="n=0 at least 1"):
+        model_state_bytes(10, stage=1, n=0)
     with pytest.raises(ValueError, match=r"\(10, 4, 4, -1\) must be at least 0"):
         model_state_bytes(10, stage=1, n=2, optimizer_bytes=-1)
 
 
-def test_zero_bytes_pad_each_bucket_and_count_the_flags():
+def test_zero_bytes_count_halves_of_an_all_reduce_and_flags():
     model = MLP(3, 4, 2)  # 12 + 4 + 8 + 2 elements
-    assert zero_bytes(model, stage=0, n=4) == {"all_reduce": data_parallel_bytes(model)}
-    sharded = {"reduce_scatter": 4 * 28, "all_gather": 4 * 28, "all_reduce": 4}
-    assert zero_bytes(model, stage=1, n=4) == sharded
-    assert zero_bytes(model, stage=2, n=4) == sharded
-    third = sharded | {"all_gather": 2 * 4 * 28}
-    assert zero_bytes(model, stage=3, n=4) == third
-    kept = zero_bytes(model, stage=3, n=4, reshard_after_forward=False)
-    assert kept == sharded
-    two = [list(layer.parameters()) for layer in (model[0], model[2])]
-    cut = zero_bytes(model, stage=2, n=4, buckets=two)
-    assert cut["reduce_scatter"] == 4 * (16 + 12)
-    cut = zero_bytes(model, stage=2, n=3, buckets=two)
-    assert cut["reduce_scatter"] == 4 * (18 + 12)
+    p = 4 * 26
+    assert zero_bytes(model, stage=0) == {"all_reduce": data_parallel_bytes(model)}
+    sharded = {"reduce_scatter": p, "all_gather": p, "all_reduce": 4}
+    assert zero_bytes(model, stage=1) == zero_bytes(model, stage=2) == sharded
+    assert zero_bytes(model, stage=3) == sharded | {"all_gather": 2 * p}
+    assert zero_bytes(model, stage=3, reshard_after_forward=False) == sharded
+    with pytest.raises(ValueError, match="stage=4 must be 0, 1, 2 or 3"):
+        zero_bytes(model, stage=4)
 
 
 def test_zero_bytes_in_other_dtypes():
     model = MLP(3, 4, 2)
-    half = {"weight_bytes": 2, "gradient_bytes": 2}
-    assert zero_bytes(model, stage=0, n=4, **half) == {"all_reduce": 2 * (26 + 4)}
-    assert zero_bytes(model, stage=3, n=4, **half) == {
-        "reduce_scatter": 2 * 28,
-        "all_gather": 2 * 2 * 28,
+    half = {"weight_bytes": 2, "gradient_bytes": 8}
+    assert zero_bytes(model, stage=0, **half) == {"all_reduce": 8 * (26 + 4)}
+    assert zero_bytes(model, stage=3, **half) == {
+        "reduce_scatter": 8 * 26,
+        "all_gather": 2 * 2 * 26,
         "all_reduce": 4,
     }
-    model[2].to(torch.float64)  # dtypes have buckets of their own: 16 and 10 elements
-    assert zero_bytes(model, stage=1, n=4)["all_gather"] == 4 * 16 + 8 * 12
+    model[2].to(torch.float64)
+    assert zero_bytes(model, stage=1)["all_gather"] == 4 * 16 + 8 * 10
 
 
 def test_zero_bytes_move_frozen_weights_at_stage_3_only():
     model = MLP(3, 4, 2)
     for parameter in model[0].parameters():
         parameter.requires_grad_(False)
-    trained = {"reduce_scatter": 4 * 12, "all_gather": 4 * 12, "all_reduce": 2}
-    assert zero_bytes(model, stage=1, n=4) == trained
-    buckets = bucket_parameters(model.parameters(), 2**20)
-    assert zero_bytes(model, stage=1, n=4, buckets=buckets) == trained
-    third = trained | {"all_gather": 2 * 4 * (16 + 12)}
-    assert zero_bytes(model, stage=3, n=4) == third
-    mixed = {"reduce_scatter": 4 * 28, "all_gather": 2 * 4 * 28, "all_reduce": 2}
-    assert zero_bytes(model, stage=3, n=4, buckets=buckets) == mixed
+    trained = {"reduce_scatter": 4 * 10, "all_gather": 4 * 10, "all_reduce": 2}
+    assert zero_bytes(model, stage=0) == {"all_reduce": 4 * (10 + 2)}
+    assert zero_bytes(model, stage=1) == trained
+    assert zero_bytes(model, stage=3) == trained | {"all_gather": 2 * 4 * 26}
 
 
-@given(n=st.integers(1, 7), bucket_bytes=st.integers(1, 500))
-def test_zero_bytes_of_stage_1_are_at_least_those_of_an_all_reduce(n, bucket_bytes):
+@given(n=st.integers(1, 64))
+def test_stage_1_sends_what_an_all_reduce_sends_and_stage_3_half_as_much_again(n):
     model = MLP(5, 4, 3, 2)
-    buckets = bucket_parameters(model.parameters(), bucket_bytes)
-    predicted = zero_bytes(model, stage=1, n=n, buckets=buckets)
-    flags = predicted.pop("all_reduce")
-    sent = sum(wire_bytes(op, nbytes, n) for op, nbytes in predicted.items())
+    sent = []
+    for stage in (1, 3):
+        predicted = zero_bytes(model, stage=stage)
+        del predicted["all_reduce"]  # the flags
+        sent.append(sum(wire_bytes(op, nbytes, n) for op, nbytes in predicted.items()))
     whole = wire_bytes("all_reduce", sum(4 * p.numel() for p in model.parameters()), n)
-    assert flags == 6
-    assert whole - 1e-6 <= sent < whole + 2 * 4 * n * len(buckets)
-
-
-def test_zero_bytes_refuse_buckets_that_miss_or_repeat_a_parameter():
-    model = MLP(3, 4, 2)
-    for buckets in (
-        [model[0].parameters()],
-        [model.parameters(), model[0].parameters()],
-    ):
-        with pytest.raises(ValueError, match="each parameter of the model once"):
-            zero_bytes(model, stage=2, n=2, buckets=buckets)
+    assert sent == pytest.approx([whole, 1.5 * whole])
 
 
 def kept_bytes(model: nn.Module, forward) -> int:
