@@ -1,7 +1,7 @@
 """Checkers of the exercises of the chapter parallelism/zero: who holds how much.
 
 The exercises on the step itself are in `zero_step_exercises`. Notation: n ranks; a flat
-bucket is cut into slices of ceil(number of elements / n).
+bucket is cut into n slices as `torch.tensor_split` does it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def owned_ranges(fn: Callable[..., Any]) -> CheckResult:
     """Check `owned_ranges(sizes, n, rank)`: what a rank owns of each parameter.
 
     Parameters with `sizes` elements lie one after the other in a flat bucket, which is
-    cut into n slices of ceil(sum / n) elements; the end of the last is padding.
+    cut into n slices, in the order of the ranks. Their lengths differ by at most one:
+    the first (number of elements) mod n ranks have one element more.
 
     Args:
         fn: your function; it returns for each parameter a pair (start, stop), counted
@@ -115,8 +116,9 @@ _ZERO_MEMORY = Exercise(
 
 
 def _ranges(sizes: Sequence[int], n: int, rank: int) -> list[tuple[int, int]]:
-    length = -(-sum(sizes) // n)
-    return _between(sizes, rank * length, (rank + 1) * length)
+    short, num_longer = divmod(sum(sizes), n)
+    first = rank * short + min(rank, num_longer)
+    return _between(sizes, first, first + short + (rank < num_longer))
 
 
 def _between(sizes: Sequence[int], first: int, last: int) -> list[tuple[int, int]]:
@@ -127,6 +129,11 @@ def _between(sizes: Sequence[int], first: int, last: int) -> list[tuple[int, int
         ranges.append((start, stop) if start < stop else (0, 0))
         offset += size
     return ranges
+
+
+def _rounded_up(sizes: Sequence[int], n: int, rank: int) -> list[tuple[int, int]]:
+    length = -(-sum(sizes) // n)
+    return _between(sizes, rank * length, (rank + 1) * length)
 
 
 def _in_the_bucket(sizes: Sequence[int], n: int, rank: int) -> list[tuple[int, int]]:
@@ -153,10 +160,11 @@ def _from_own_start(sizes: Sequence[int], n: int, rank: int) -> list[tuple[int, 
 
 
 def _unclamped(sizes: Sequence[int], n: int, rank: int) -> list[tuple[int, int]]:
-    length, offset, ranges = -(-sum(sizes) // n), 0, []
+    short, num_longer = divmod(sum(sizes), n)
+    first = rank * short + min(rank, num_longer)
+    last, offset, ranges = first + short + (rank < num_longer), 0, []
     for size in sizes:
-        start = max(rank * length - offset, 0)
-        ranges.append((start, max((rank + 1) * length - offset, 0)))
+        ranges.append((max(first - offset, 0), max(last - offset, 0)))
         offset += size
     return ranges
 
@@ -181,7 +189,11 @@ _OWNED_RANGES = Exercise(
         "count from the first element of the parameter, not of the bucket": (
             _in_the_bucket
         ),
-        "round the length of a slice up, or the last elements have no owner": _floored,
+        "the last elements have no owner: the first ranks have one element more": (
+            _floored
+        ),
+        "lengths differ by at most one: when all are rounded up, the last rank may get "
+        "nothing": _rounded_up,
         "the bucket is cut, not each parameter by itself": _each_cut,
         "a slice begins where the slice of the rank before ended": _from_own_start,
         "a range ends with its parameter at the latest, and is (0, 0) when empty": (
@@ -191,7 +203,8 @@ _OWNED_RANGES = Exercise(
             lambda sizes, n, rank: _ranges(sizes, n, n - 1 - rank)
         ),
     },
-    hint="clamp rank * length - offset and (rank + 1) * length - offset to 0 .. size",
+    hint="find the ends of the rank's slice, subtract the offset of the parameter, "
+    "clamp both to 0 .. size",
 )
 
 

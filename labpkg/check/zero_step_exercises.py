@@ -56,14 +56,15 @@ def sharded_momentum(fn: Callable[..., Any]) -> CheckResult:
 
 
 def reshard(fn: Callable[..., Any]) -> CheckResult:
-    """Check `reshard(slices, num_elements, n)`: cut saved slices for n other ranks.
+    """Check `reshard(pieces, n)`: cut saved optimizer state for n other ranks.
 
-    `slices` come from any number of ranks and are all of the same length; their last
-    elements are padding, only the first `num_elements` count. The new slices have
-    ceil(num_elements / n) elements each, padded with zeros at the end.
+    `pieces[r][i]` is what rank r held of the state of parameter i, possibly nothing.
+    Joined rank by rank they are the flat bucket, which is cut again as
+    `torch.tensor_split` does it.
 
     Shape:
-        slices (K/m,) of m ranks -> a list of n tensors (K/n,)
+        pieces: lists of 1-D tensors of any number of ranks -> n lists, one piece for
+        each parameter
 
     Args:
         fn: your function.
@@ -228,59 +229,80 @@ _SHARDED_MOMENTUM = Exercise(
 )
 
 
-def _joined(slices: Sequence[Tensor], num_elements: int) -> Tensor:
-    return torch.cat(list(slices))[:num_elements]
+Pieces = list[list[Tensor]]
 
 
-def _cut(flat: Tensor, n: int) -> list[Tensor]:
-    length = -(-len(flat) // n)
-    padded = torch.cat([flat, flat.new_zeros(n * length - len(flat))])
-    return list(padded.split(length))
+def _wholes(pieces: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return each parameter's state, joined over the ranks."""
+    return [torch.cat(list(own)) for own in zip(*pieces, strict=True)]
 
 
-def _saved(m: int, num_elements: int) -> tuple[list[Tensor], int]:
-    """Return slices of m ranks whose padding is not zero, as after a step."""
-    flat = torch.arange(1.0, num_elements + 1, device="cpu")
-    length = -(-num_elements // m)
-    padded = torch.cat([flat, flat.new_full((m * length - num_elements,), -1.0)])
-    return list(padded.split(length)), num_elements
+def _cut(wholes: Sequence[Tensor], n: int) -> Pieces:
+    owner = [
+        torch.full((len(part),), rank, device="cpu")
+        for rank, part in enumerate(torch.cat(list(wholes)).tensor_split(n))
+    ]
+    owners = torch.cat(owner).split([len(whole) for whole in wholes])
+    return [
+        [whole[of == rank] for whole, of in zip(wholes, owners, strict=True)]
+        for rank in range(n)
+    ]
+
+
+def _each_cut(pieces: Sequence[Sequence[Tensor]], n: int) -> Pieces:
+    cut = [whole.tensor_split(n) for whole in _wholes(pieces)]
+    return [list(own) for own in zip(*cut, strict=True)]
+
+
+def _each_piece_cut(pieces: Sequence[Sequence[Tensor]], n: int) -> Pieces:
+    return [
+        [torch.cat([of[i].tensor_split(n)[r] for of in pieces]) for i in range(num)]
+        for num in [len(pieces[0])]
+        for r in range(n)
+    ]
+
+
+def _by_parameter(pieces: Sequence[Sequence[Tensor]], n: int) -> Pieces:
+    """Give whole parameters to ranks, in turn."""
+    wholes = _wholes(pieces)
+    return [
+        [w if i % n == rank else w[:0] for i, w in enumerate(wholes)]
+        for rank in range(n)
+    ]
+
+
+def _saved(m: int, *sizes: int) -> Pieces:
+    numbers = torch.arange(1.0, sum(sizes) + 1, device="cpu")
+    return _cut(numbers.split(list(sizes)), m)
 
 
 _RESHARD = Exercise(
     name="reshard",
-    arguments=("slices", "num_elements", "n"),
-    reference=lambda slices, num_elements, n: _cut(_joined(slices, num_elements), n),
+    arguments=("pieces", "n"),
+    reference=lambda pieces, n: _cut(_wholes(pieces), n),
     cases=[
-        (*_saved(2, 8), 4),
-        (*_saved(4, 8), 2),
-        (*_saved(3, 10), 4),
-        (*_saved(2, 7), 4),
-        (*_saved(4, 10), 3),
-        (*_saved(4, 6), 1),
-        (*_saved(1, 5), 3),
-        (*_saved(4, 9), 4),
+        (_saved(2, 5, 3), 4),
+        (_saved(4, 5, 3), 2),
+        (_saved(2, 7), 4),
+        (_saved(3, 2, 6, 2), 4),
+        (_saved(4, 1, 1), 3),
+        (_saved(4, 6, 1), 1),
+        (_saved(1, 3, 2), 3),
+        (_saved(4, 3, 3, 3), 3),
     ],
     mistakes={
-        "the padding of the old slices is among your numbers: keep the first "
-        "num_elements": lambda slices, num_elements, n: _cut(
-            torch.cat(list(slices)), n
+        "the bucket is cut, not each parameter by itself": _each_cut,
+        "this cuts each saved piece; join the pieces of all ranks first": (
+            _each_piece_cut
         ),
-        "all new slices have the same length; pad the last with zeros": (
-            lambda slices, num_elements, n: list(
-                _joined(slices, num_elements).split(-(-num_elements // n))
-            )
+        "divide a slice once more: one piece for each parameter": lambda pieces, n: (
+            list(torch.cat(_wholes(pieces)).tensor_split(n))
         ),
-        "slices differ in length: each has ceil(num_elements / n) elements": (
-            lambda slices, num_elements, n: list(
-                _joined(slices, num_elements).tensor_split(n)
-            )
-        ),
-        "this cuts each old slice; join them first": lambda slices, num_elements, n: [
-            torch.cat([s.tensor_split(n)[r] for s in slices]) for r in range(n)
+        "every rank gets all of it; a slice is enough": lambda pieces, n: [
+            _wholes(pieces) for _ in range(n)
         ],
-        "return a list of slices, not the whole": lambda slices, num_elements, n: (
-            _joined(slices, num_elements)
-        ),
+        "a parameter may lie on several ranks; cut the bucket evenly": _by_parameter,
     },
-    hint="join, keep num_elements, pad with zeros to a multiple of n, cut into n",
+    hint="join parameter by parameter, cut what all have together into n slices, and "
+    "divide each slice at the ends of the parameters",
 )

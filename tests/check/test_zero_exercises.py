@@ -5,6 +5,7 @@ from itertools import accumulate
 from typing import Any
 
 import pytest
+import torch
 
 from labpkg import check
 from labpkg.planning import cost
@@ -22,13 +23,13 @@ def zero_memory(num_elements, stage, n):
 
 
 def owned_ranges(sizes, n, rank):
-    """Count the elements one by one."""
-    length = math.ceil(sum(sizes) / n)
-    offsets = [0, *accumulate(sizes)]
+    """Let torch cut a vector in which each element knows its place."""
+    places = [(i, k) for i, size in enumerate(sizes) for k in range(size)]
+    own = torch.arange(len(places)).tensor_split(n)[rank].tolist()
     ranges = []
-    for size, offset in zip(sizes, offsets, strict=False):
-        own = [i for i in range(size) if (offset + i) // length == rank]
-        ranges.append((own[0], own[-1] + 1) if own else (0, 0))
+    for i in range(len(sizes)):
+        mine = [places[at][1] for at in own if places[at][0] == i]
+        ranges.append((mine[0], mine[-1] + 1) if mine else (0, 0))
     return ranges
 
 
@@ -70,31 +71,41 @@ def no_gradient(num_elements, stage, n):
 
 
 def floored(sizes, n, rank):
-    kept = sum(sizes) // n * n
-    cut = [min(size, max(kept - sum(sizes[:i]), 0)) for i, size in enumerate(sizes)]
-    return owned_ranges(cut, n, rank)
+    length = sum(sizes) // n
+    return between(sizes, rank * length, (rank + 1) * length)
+
+
+def rounded_up(sizes, n, rank):
+    length = math.ceil(sum(sizes) / n)
+    return between(sizes, rank * length, (rank + 1) * length)
+
+
+def between(sizes, first, last, clamp=True):
+    ranges = []
+    for size, offset in zip(sizes, accumulate([0, *sizes]), strict=False):
+        start, stop = max(first - offset, 0), max(last - offset, 0)
+        if clamp:
+            start, stop = min(start, size), min(stop, size)
+        ranges.append((start, stop) if start < stop or not clamp else (0, 0))
+    return ranges
 
 
 def each_cut(sizes, n, rank):
-    return [owned_ranges([size], n, rank)[0] if size else (0, 0) for size in sizes]
+    return [owned_ranges([size], n, rank)[0] for size in sizes]
 
 
 def in_bucket(sizes, n, rank):
-    length = math.ceil(sum(sizes) / n)
-    found, offset = [], 0
-    for size in sizes:
-        start = max(offset, rank * length)
-        stop = min(offset + size, (rank + 1) * length)
-        found.append((start, stop) if start < stop else (0, 0))
-        offset += size
+    found = []
+    offsets = accumulate([0, *sizes])
+    for (a, b), offset in zip(owned_ranges(sizes, n, rank), offsets, strict=False):
+        found.append((a + offset, b + offset) if a < b else (0, 0))
     return found
 
 
 def beyond(sizes, n, rank):
-    length = math.ceil(sum(sizes) / n)
-    offsets = [0, *accumulate(sizes)][:-1]
-    first, last = rank * length, (rank + 1) * length
-    return [(max(first - at, 0), max(last - at, 0)) for at in offsets]
+    own = torch.arange(sum(sizes)).tensor_split(n)[rank].tolist()
+    first = own[0] if own else sum(sizes)
+    return between(sizes, first, first + len(own), clamp=False)
 
 
 WRONG = [
@@ -115,7 +126,8 @@ WRONG = [
     ("zero_memory", lambda *case: case[2] * zero_memory(*case), "ranks together"),
     ("zero_memory", lambda *case: zero_memory(*case) / 4, "these are elements"),
     ("owned_ranges", lambda sizes, n, rank: sizes, "returns its argument"),
-    ("owned_ranges", floored, "round the length"),
+    ("owned_ranges", floored, "have no owner"),
+    ("owned_ranges", rounded_up, "rounded up"),
     ("owned_ranges", each_cut, "not each parameter by itself"),
     ("owned_ranges", in_bucket, "not of the bucket"),
     ("owned_ranges", beyond, "ends with its parameter"),

@@ -34,10 +34,18 @@ def sharded_momentum(theta, gradients, velocities, lr, momentum):
     return parameter.detach(), list(new.chunk(len(gradients)))
 
 
-def reshard(slices, num_elements, n):
-    values = torch.cat(slices).tolist()[:num_elements]
-    values += [0.0] * (-num_elements % n)
-    return list(torch.tensor(values).view(n, -1))
+def reshard(pieces, n):
+    """Divide the slices of the flat bucket at the ends of the parameters."""
+    wholes = [torch.cat(of_ranks) for of_ranks in zip(*pieces, strict=True)]
+    left = [len(whole) for whole in wholes]
+    new = []
+    for own in torch.cat(wholes).tensor_split(n):
+        new.append([])
+        for i in range(len(left)):
+            piece, own = own[: left[i]], own[left[i] :]
+            left[i] -= len(piece)
+            new[-1].append(piece)
+    return new
 
 
 RIGHT = [
@@ -104,8 +112,23 @@ def damped(theta, gradients, velocities, lr, momentum):
     return sharded_momentum(theta, smaller, velocities, lr, momentum)
 
 
-def each_slice_cut(slices, num_elements, n):
-    return [torch.cat([s.tensor_split(n)[r] for s in slices]) for r in range(n)]
+def wholes(pieces):
+    return [torch.cat(of_ranks) for of_ranks in zip(*pieces, strict=True)]
+
+
+def each_parameter_cut(pieces, n):
+    return [[w.tensor_split(n)[r] for w in wholes(pieces)] for r in range(n)]
+
+
+def each_piece_cut(pieces, n):
+    cut = [[piece.tensor_split(n) for piece in own] for own in pieces]
+    columns = range(len(pieces[0]))
+    return [[torch.cat([own[i][r] for own in cut]) for i in columns] for r in range(n)]
+
+
+def in_turn(pieces, n):
+    whole = list(enumerate(wholes(pieces)))
+    return [[w if i % n == r else w[:0] for i, w in whole] for r in range(n)]
 
 
 WRONG = [
@@ -122,28 +145,12 @@ WRONG = [
     ("sharded_momentum", theta_first, "update the velocity before theta"),
     ("sharded_momentum", cut_theta, "join the slices of theta"),
     ("sharded_momentum", damped, "undamped"),
-    ("reshard", lambda slices, num_elements, n: slices, "returns its argument"),
-    (
-        "reshard",
-        lambda slices, _, n: reshard(slices, sum(map(len, slices)), n),
-        "padding of the old slices",
-    ),
-    (
-        "reshard",
-        lambda slices, num_elements, n: torch.cat(slices)[:num_elements].tensor_split(
-            n
-        ),
-        "slices differ in length",
-    ),
-    (
-        "reshard",
-        lambda slices, num_elements, n: torch.cat(slices)[:num_elements].split(
-            -(-num_elements // n)
-        ),
-        "pad the last with zeros",
-    ),
-    ("reshard", each_slice_cut, "join them first"),
-    ("reshard", lambda slices, K, n: torch.cat(slices)[:K], "not the whole"),
+    ("reshard", lambda pieces, n: pieces, "returns its argument"),
+    ("reshard", each_parameter_cut, "not each parameter by itself"),
+    ("reshard", each_piece_cut, "join the pieces"),
+    ("reshard", lambda p, n: torch.cat(wholes(p)).tensor_split(n), "once more"),
+    ("reshard", lambda p, n: [wholes(p)] * n, "every rank gets all"),
+    ("reshard", in_turn, "may lie on several ranks"),
 ]
 
 
