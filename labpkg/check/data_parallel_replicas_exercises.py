@@ -41,8 +41,8 @@ def first_drift(fn: Callable[..., Any]) -> CheckResult:
 
     `hashes[r][i]` is the hash of tensor i on rank r. The result is None if all replicas
     agree, else `(i, ranks)`: the first tensor with more than one hash, and the ranks
-    that do not have its most frequent hash, in order. If two hashes are equally
-    frequent, the one that appears on the lower rank counts as the frequent one.
+    that do not have its most frequent hash, in order. If no hash is the most frequent
+    one, as between two ranks, nobody knows who is right: all ranks are named.
 
     Args:
         fn: your function.
@@ -162,11 +162,13 @@ def _outside(hashes: Hashes, i: int, usual: int) -> list[int]:
     return [rank for rank, own in enumerate(hashes) if own[i] != usual]
 
 
-def _drift(hashes: Hashes) -> Drift:
+def _drift(hashes: Hashes, *, lower_rank_wins: bool = False) -> Drift:
     for i, of_ranks in enumerate(zip(*hashes, strict=True)):
-        usual, count = Counter(of_ranks).most_common(1)[0]
-        if count < len(hashes):
-            return i, _outside(hashes, i, usual)
+        counts = Counter(of_ranks).most_common()  # of equal counts, lower ranks first
+        if len(counts) > 1:
+            if counts[0][1] == counts[1][1] and not lower_rank_wins:
+                return i, list(range(len(hashes)))
+            return i, _outside(hashes, i, counts[0][0])
     return None
 
 
@@ -209,6 +211,7 @@ _FIRST_DRIFT = Exercise(
         ([[99, 12], [11, 12], [11, 12], [11, 12]],),
         ([[11, 12, 13], [11, 98, 97], [11, 12, 13], [11, 12, 13]],),
         ([[11, 12, 13], [11, 12, 97], [11, 98, 13], [11, 12, 13]],),
+        ([[9, 1], [7, 1], [7, 1], [8, 1], [8, 1]],),
         ([[11, 12], [11, 13]],),
         ([[7], [8], [8], [7], [8]],),
         ([[5, 6]],),
@@ -222,11 +225,13 @@ _FIRST_DRIFT = Exercise(
             _last_drift
         ),
         "name only the ranks that differ in this first tensor": _whole_models,
+        "no hash is the most frequent one, so nobody knows who is right: name all "
+        "ranks": lambda hashes: _drift(hashes, lower_rank_wins=True),
         "return None if all replicas agree": lambda hashes: _drift(hashes) or (0, []),
         "these are the ranks that agree; return the others": _but_the_majority,
     },
     hint="for i in order: the most frequent of hashes[0][i], hashes[1][i], ...; if not "
-    "all have it, return (i, [the ranks that do not])",
+    "all have it, return (i, [the ranks that do not]), or all ranks if there is none",
 )
 
 
