@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from labpkg.processes import transport
 from labpkg.processes.collectives import all_gather, all_reduce
 from labpkg.processes.diagnosis import RankError
 from labpkg.processes.messages import recv
@@ -43,7 +44,6 @@ MAX_RESULT_BYTES = 2**20
 _GUILTY = 1
 _HANG_S = 0.5
 _START_S = 60.0  # for a second kernel to start its ranks
-_LARGE = 1000  # elements, for collectives through shared memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,14 +56,14 @@ class Fault:
         hangs: Whether the run ends by its time limit; None if that depends.
         place: `"middle"` (then it goes on), `"return"` (there it leaves) or `"end"`,
             when the others may have returned.
-        num_elements: Of the tensor; from 256 on ranks of a host share memory.
+        by_gloo: The ranks do without shared memory, as on several hosts.
     """
 
     act: Callable[[Tensor], Any]
     says: str
     hangs: bool | None = False
     place: str = "middle"
-    num_elements: int = 4
+    by_gloo: bool = False
 
 
 class Stubborn(Exception):
@@ -133,8 +133,8 @@ FAULTS = {
     "os._exit": Fault(act=lambda x: os._exit(7), says="exit code 7"),
     "SIGKILL": Fault(act=lambda x: _kill("SIGKILL"), says="killed by SIGKILL"),
     "SIGKILL inside a message": Fault(act=_die_while_waiting, says="killed by SIGKILL"),
-    "SIGKILL, shared memory": Fault(
-        act=lambda x: _kill("SIGKILL"), says="killed by SIGKILL", num_elements=_LARGE
+    "SIGKILL, gloo": Fault(
+        act=lambda x: _kill("SIGKILL"), says="killed by SIGKILL", by_gloo=True
     ),
     "SIGSEGV": Fault(act=lambda x: _kill("SIGSEGV"), says="killed by SIGSEGV"),
     "a result that cannot be pickled": Fault(
@@ -149,32 +149,32 @@ FAULTS = {
         place="end",
     ),
     "another collective, shared memory": Fault(
-        act=all_gather, says="different collectives", num_elements=_LARGE
+        act=all_gather, says="different collectives: .*all_gather of 16 .* on rank"
     ),
     "another shape, shared memory": Fault(
-        act=lambda x: all_reduce(torch.ones(2 * _LARGE)),
-        says=f"different collectives: .*sum of {2 * _LARGE} .* on rank",
-        num_elements=_LARGE,
+        act=lambda x: all_reduce(torch.ones(2000)),
+        says="different collectives: .*sum of 2000 .* on rank",
     ),
     "another order, shared memory": Fault(
         act=lambda x: (all_gather(x), all_reduce(x)),
         says="different collectives",
         place="return",
-        num_elements=_LARGE,
     ),
     "another collective, gloo": Fault(
-        act=all_gather, says="do not match: .*all_gather", hangs=True
+        act=all_gather, says="do not match: .*all_gather", hangs=True, by_gloo=True
     ),
     "another shape, gloo": Fault(
         act=lambda x: all_reduce(torch.ones(8)),
         says=r"do not match: .*all_reduce \[8\]",
         hangs=None,
+        by_gloo=True,
     ),
     "another order, gloo": Fault(
         act=lambda x: (all_gather(x), all_reduce(x)),
         says="do not match: .*all_gather",
         hangs=True,
         place="return",
+        by_gloo=True,
     ),
     "SIGSTOP": Fault(act=lambda x: _kill("SIGSTOP"), says="was stopped", hangs=True),
     "sleep": Fault(
@@ -201,15 +201,18 @@ FAULTS = {
 """Name -> what one rank does."""
 
 
-def commit(name: str, guilty: int = _GUILTY) -> Any:
+def commit(name: str, guilty: int = _GUILTY, *, by_gloo: bool = False) -> Any:
     """Be a rank of a job in which one rank commits a fault.
 
     Args:
         name: One of `FAULTS`.
         guilty: The rank.
+        by_gloo: Do without shared memory, also for a fault that would use it.
     """
-    fault = FAULTS[name]
-    x = torch.ones(fault.num_elements)
+    fault, group = FAULTS[name], dist.group.WORLD
+    if group is not None and (by_gloo or fault.by_gloo):
+        transport.use_messages(group)
+    x = torch.ones(4)
     all_reduce(x)
     place = fault.place if dist.get_rank() == guilty else "nowhere"
     if place in ("middle", "return"):

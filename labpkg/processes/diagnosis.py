@@ -63,13 +63,15 @@ class Where:
         collective: The collective or message that it waits in, or "".
         num_issued: Collectives that it has issued so far; None if it did not answer.
         is_stopped: The process is stopped by a signal or a debugger.
-        record: The latest collectives of torch: group and number in it -> which.
+        calls: The latest collectives of the library: group and number in it -> which.
+        record: The same of torch.
     """
 
     stack: str
     collective: str = ""
     num_issued: int | None = None
     is_stopped: bool = False
+    calls: dict[tuple[str, int], str] = field(default_factory=dict)
     record: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -127,7 +129,8 @@ def diagnose(
     for rank, failure in failures.items():
         how = "lost a connection" if failure.is_victim else "failed too"
         others[rank] = f"{how}: {failure.summary}"
-    calls = _first_difference(where)
+    calls = _first_difference({rank: it.calls for rank, it in where.items()})
+    calls = calls or _first_difference({rank: it.record for rank, it in where.items()})
     if not calls and not returned:
         calls = _different_waits(running)
     if failures:
@@ -192,11 +195,13 @@ def _suspect(
     return guilty, f"{reason}; it {place}"
 
 
-def _first_difference(where: dict[int, Where]) -> dict[int, str]:
+def _first_difference(
+    records: dict[int, dict[tuple[str, int], str]],
+) -> dict[int, str]:
     """Return what the ranks called at the first number of a group that differs."""
-    numbers = {number for place in where.values() for number in place.record}
+    numbers = {number for record in records.values() for number in record}
     for number in sorted(numbers, key=lambda it: (it[1], it[0])):
-        calls = {r: p.record[number] for r, p in where.items() if number in p.record}
+        calls = {r: record[number] for r, record in records.items() if number in record}
         if len(set(calls.values())) > 1:
             return calls
     return {}

@@ -46,7 +46,7 @@ import torch.distributed as dist
 
 from labpkg.processes import traffic
 from labpkg.processes.diagnosis import Failure, Where
-from labpkg.processes.shared_memory import MismatchError
+from labpkg.processes.shared_memory import MismatchError, calls_in_flight
 
 _FOREVER = timedelta(days=365)  # the kernel keeps the time: its diagnosis comes first
 _LOST_PEER = re.compile(
@@ -66,6 +66,7 @@ _COMMUNICATING = (  # files whose outermost function says what a rank waits in
     "labpkg/processes/messages.py",
     "labpkg/processes/collectives.py",
     "labpkg/processes/transport.py",
+    "labpkg/processes/shared_memory.py",
 )
 _NAMELESS = ("wrapper", "backward", "<lambda>")
 
@@ -373,11 +374,18 @@ def _where(thread: int) -> Where:
     if name == "wait":  # the handle of a transfer that an engine started before
         name = "a transfer"
     pending, num_recorded, record = _flight_record()
+    calls = [pending] if pending else []
+    if any(frame.name == "open_channel" for frame in frames):
+        calls = []  # ranks that find each other: nobody has called that
+    elif name:
+        calls += calls_in_flight()
+    pending = next((it for it in calls if it.split()[0] == name), "".join(calls[:1]))
     is_other = name and pending and pending.split()[0] != name
     return Where(
         collective=f"{name}; pending: {pending}" if is_other else pending or name,
         num_issued=num_recorded + traffic.num_exchanges(),
         stack="".join(traceback.format_list(frames)),
+        calls=traffic.latest_calls(),
         record=record,
     )
 

@@ -31,7 +31,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,19 @@ def combine_in_order(versions: Sequence[Tensor], op: str, total: Tensor) -> None
         total.div_(len(versions))
 
 
+@cache
+def _check_combines(op: str, dtype: torch.dtype) -> None:
+    """Refuse before anything is sent: an error in the thread breaks the channel."""
+    one, other, total = torch.zeros(3, 1, dtype=dtype, device="cpu").unbind()
+    try:
+        combine_in_order([one, other], op, total)
+    except RuntimeError as error:
+        raise ValueError(
+            f"op={op!r} of {dtype} is not offered on the CPU; convert to another dtype "
+            "first"
+        ) from error
+
+
 class MismatchError(RuntimeError):
     """Ranks of one axis called different collectives.
 
@@ -78,10 +91,15 @@ class MismatchError(RuntimeError):
 
 
 class Task:
-    """A collective in flight: runs in the thread of its channel."""
+    """A collective in flight: runs in the thread of its channel.
 
-    def __init__(self, run: Callable[[], None]) -> None:
-        self._run = run
+    Args:
+        call: What the rank called.
+        run: Does it, given the call.
+    """
+
+    def __init__(self, call: str, run: Callable[[str], None]) -> None:
+        self.call, self._run = call, run
         self._error: BaseException | None = None
         self._ended = threading.Event()
 
@@ -90,7 +108,7 @@ class Task:
         try:
             if broken is not None:
                 raise RuntimeError("an earlier collective failed") from broken
-            self._run()
+            self._run(self.call)
         except BaseException as error:
             self._error = error
         self._ended.set()
@@ -116,6 +134,7 @@ class Channel:
 
     Attributes:
         tasks: What the thread will do; None ends it and gives up the sockets.
+        call: What the thread is doing, or "".
     """
 
     def __init__(
@@ -125,6 +144,7 @@ class Channel:
         self._peers, self._buffers = peers, buffers
         self._stride = _HALF_BYTES // self.size // _ALIGNMENT * _ALIGNMENT
         self._half = 0
+        self.call, self._is_forked = "", False
         _channels.add(self)
         self.tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -132,21 +152,28 @@ class Channel:
 
     def all_reduce(self, x: Tensor, op: str) -> Task:
         """Reduce `x` in place on all ranks."""
+        _check_combines(op, x.dtype)
         call = f"all_reduce {op} of {x.numel()} {x.dtype}"
-        return self._submit(partial(self._all_reduce, x, op, call))
+        return self._submit(call, partial(self._all_reduce, x, op))
 
     def reduce_scatter(self, out: Tensor, x: Tensor, op: str) -> Task:
         """Reduce `x` (n k) over the ranks; write this rank's slice into `out` (k)."""
+        _check_combines(op, x.dtype)
         call = f"reduce_scatter {op} of {x.numel()} {x.dtype}"
-        return self._submit(partial(self._reduce_scatter, out, x, op, call))
+        return self._submit(call, partial(self._reduce_scatter, out, x, op))
 
     def all_gather(self, out: Tensor, x: Tensor) -> Task:
         """Write the `x` (k) of all ranks into `out` (n k), in rank order."""
         call = f"all_gather of {out.numel()} {out.dtype}"
-        return self._submit(partial(self._all_gather, out, x, call))
+        return self._submit(call, partial(self._all_gather, out, x))
 
-    def _submit(self, run: Callable[[], None]) -> Task:
-        task = Task(run)
+    def _submit(self, call: str, run: Callable[[str], None]) -> Task:
+        if self._is_forked:
+            raise RuntimeError(
+                f"{call} in a fork of a rank, such as a worker of a DataLoader, which "
+                "is no rank itself; call it in the rank"
+            )
+        task = Task(call, run)
         self.tasks.put(task)
         return task
 
@@ -154,7 +181,9 @@ class Channel:
         broken = None
         with torch.inference_mode():  # so that tensors of both modes can be written
             while (task := self.tasks.get()) is not None:
+                self.call = task.call
                 broken = task.do(broken) or broken
+                self.call = ""
                 if broken is not None:  # peers must not wait for this rank
                     self.hang_up()
         self.hang_up()
@@ -163,6 +192,11 @@ class Channel:
         """Close this process's ends of the sockets."""
         for peer in self._peers.values():
             peer.close()
+
+    def leave_to_parent(self) -> None:
+        """Be the channel of a process that is no rank: without sockets and thread."""
+        self._is_forked = True
+        self.hang_up()
 
     def _all_reduce(self, x: Tensor, op: str, call: str) -> None:
         for part in x.split(self._stride // x.element_size() * self.size):
@@ -180,7 +214,7 @@ class Channel:
 
     def _reduce_scatter(self, out: Tensor, x: Tensor, op: str, call: str) -> None:
         step = self._stride // x.element_size()
-        columns = x.view(self.size, -1).split(step, dim=1)
+        columns = x.view(self.size, len(out)).split(step, dim=1)
         for part, target in zip(columns, out.split(step), strict=True):
             versions = self._trade(part.unbind(), call)
             total = self._view(self.rank, self.rank, target)  # nobody reads this place
@@ -190,7 +224,7 @@ class Channel:
 
     def _all_gather(self, out: Tensor, x: Tensor, call: str) -> None:
         step = _HALF_BYTES // x.element_size()
-        columns = out.view(self.size, -1).split(step, dim=1)
+        columns = out.view(self.size, len(x)).split(step, dim=1)
         for part, mine in zip(columns, x.split(step), strict=True):
             self._view(self.rank, 0, mine).copy_(mine)
             self._meet(call)
@@ -246,13 +280,18 @@ class Channel:
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
 
 
-def _hang_up_in_child() -> None:
+def _leave_to_parent() -> None:
     for channel in list(_channels):
-        channel.hang_up()
+        channel.leave_to_parent()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_hang_up_in_child)
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+def calls_in_flight() -> list[str]:
+    """Return what the threads of this process's channels are doing."""
+    return [call for channel in list(_channels) if (call := channel.call)]
 
 
 def open_channel(

@@ -6,7 +6,9 @@ it out inside an `off` block.
 
 The state below is process-wide on purpose: autograd runs backward in threads of its
 own, which see no context variables of the caller. The library has no other such state,
-but for `ForkServer._current` and the open channels of shared memory.
+but for `ForkServer._current` and the open channels of shared memory. The latest
+collectives of each group are kept for the diagnosis of a hang: those of torch are not
+all, since shared memory and messages are not among them.
 
 Chapter: processes/collectives.
 """
@@ -14,7 +16,7 @@ Chapter: processes/collectives.
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +83,15 @@ _lock = threading.Lock()
 _logs: list[CommLog] = []
 _off_depth = 0
 _num_exchanges = 0
+_num_calls: Counter[str] = Counter()
+_latest: deque[tuple[tuple[str, int], str]] = deque(maxlen=256)
+_MESSAGES = ("send", "recv", "sendrecv")
+
+
+def latest_calls() -> dict[tuple[str, int], str]:
+    """Return this rank's latest collectives: group and number in it -> which."""
+    with _lock:
+        return dict(_latest)
 
 
 def num_exchanges() -> int:
@@ -191,6 +202,8 @@ def start(
             if local is not None:
                 local()
             return Done()
+        if op not in _MESSAGES:
+            _note(op, axis)
         transfer = move()
     if _logs or transfer.is_exchange:
         with _lock:
@@ -198,3 +211,11 @@ def start(
             for log in _logs:
                 log._add(axis.name, op, payload_bytes, transfer.wire_bytes)
     return transfer.work
+
+
+def _note(op: str, axis: Axis) -> None:
+    group = axis.group.group_name
+    with _lock:
+        _num_calls[group] += 1
+        number = _num_calls[group]
+        _latest.append(((group, number), f"{op} (number {number} on axis {axis.name})"))

@@ -1,7 +1,7 @@
 """How bytes move: for each collective the fastest exact way that the backend offers.
 
-NCCL's own kernels are used as they are. CPU ranks of one host use shared memory
-(`shared_memory`) from 1 KiB on. gloo's reduce-scatter is an all-reduce in disguise, so
+NCCL's own kernels are used as they are. CPU ranks of one host reduce and gather through
+shared memory (`shared_memory`). gloo's reduce-scatter is an all-reduce in disguise, so
 CPU ranks of several hosts exchange slices directly, which sends half the bytes. Both
 add in rank order: the result is bitwise that of a sequential sum. Point-to-point calls
 of gloo know no GPU tensors; they are staged through the CPU. At the debug level DETAIL
@@ -41,7 +41,6 @@ _REDUCE_OPS = {
     "product": ReduceOp.PRODUCT,
 }
 REDUCTIONS = tuple(_REDUCE_OPS)
-_SMALLEST_SHARED_BYTES = 1024  # below, gloo: its records tell who waits in what
 _channels: weakref.WeakKeyDictionary[ProcessGroup, Channel | None] = (
     weakref.WeakKeyDictionary()
 )
@@ -113,13 +112,12 @@ def _exchanges(group: ProcessGroup, x: Tensor) -> bool:
     return not is_checked and not x.is_cuda and uses_gloo(group, x.device)
 
 
-def _shared(group: ProcessGroup, whole: Tensor) -> Channel | None:
-    """Return the shared memory for a collective on `whole`, opened at first use."""
-    is_small = whole.nbytes < _SMALLEST_SHARED_BYTES
-    if is_small or group.size() == 1 or not _exchanges(group, whole):
+def _shared(group: ProcessGroup, x: Tensor) -> Channel | None:
+    """Return the shared memory for a collective on `x`, opened at first use."""
+    if group.size() == 1 or not _exchanges(group, x):
         return None
     if group not in _channels:
-        channel = _channels[group] = _open_channel(group, whole.device)
+        channel = _channels[group] = _open_channel(group, x.device)
         if channel is not None:  # the group must not keep the memory: only the queue
             weakref.finalize(group, channel.tasks.put, None)
     return _channels[group]
@@ -217,7 +215,7 @@ def all_gather(out: Tensor, x: Tensor, group: ProcessGroup) -> Transfer:
         return Transfer(_work(work), sent)
     if channel := _shared(group, out):
         return Transfer(channel.all_gather(out.view(-1), x.view(-1)), sent, True)
-    rank, parts = group.rank(), out.view(n, -1)
+    rank, parts = group.rank(), out.view(n, x.numel())
     parts[rank].copy_(x.view(-1))
     peers = [(rank + j) % n for j in range(1, n)]
     works = _exchange(
@@ -242,7 +240,7 @@ def reduce_scatter(
     if ordered and n > 1:
         received = torch.empty_like(x)
         work = all_to_all(received, x, group).work
-        rows = received.view(n, -1).unbind()
+        rows = received.view(n, out.numel()).unbind()
         total = out.view(-1)
         return Transfer(_Then([work], lambda: combine_in_order(rows, op, total)), sent)
     if not uses_gloo(group, x.device):
@@ -251,7 +249,7 @@ def reduce_scatter(
     if x.is_cuda:
         whole = x.clone()
         transfer = all_reduce(whole, group, op)
-        finish = lambda: out.copy_(whole.view(n, -1)[rank].view_as(out))
+        finish = lambda: out.copy_(whole.view(n, out.numel())[rank].view_as(out))
         return Transfer(_Then([transfer.work], finish), transfer.wire_bytes)
     if not _exchanges(group, x) or op not in ("sum", "mean"):
         base = ReduceOp.SUM if op == "mean" else _REDUCE_OPS[op]
@@ -259,7 +257,7 @@ def reduce_scatter(
         finish = (lambda: out.div_(n)) if op == "mean" else (lambda: None)
         run = wire_bytes("all_reduce", x.nbytes, n)  # which is what gloo does
         return Transfer(_Then([_work(work)], finish), run)
-    parts = list(x.view(n, -1).unbind())
+    parts = list(x.view(n, out.numel()).unbind())
     mine = {p: parts[p] for p in range(n) if p != rank}
     theirs = {p: torch.empty_like(parts[p]) for p in mine}
     works = _exchange(mine, theirs, group)

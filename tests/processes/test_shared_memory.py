@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 import labpkg as lab
 from labpkg.processes import shared_memory, transport
@@ -19,7 +20,7 @@ from labpkg.processes import shared_memory, transport
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="shared memory is for Linux hosts"
 )
-SIZES = (517, 1000, 1001, 2_000_003)  # the last ones travel in parts
+SIZES = (0, 1, 3, 517, 1000, 1001, 2_000_003)  # the last ones travel in parts
 REDUCED = {
     "sum": torch.add,
     "mean": torch.add,
@@ -42,7 +43,9 @@ def versions(numel, dtype, size):
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.int16]
+)
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_result_is_bitwise_that_of_a_sequential_reduction(request, size, dtype):
     world = request.getfixturevalue(f"world{size}")
@@ -62,7 +65,7 @@ def test_every_result_is_bitwise_that_of_a_sequential_reduction(request, size, d
                     expected = expected / size
                 assert torch.equal(lab.all_reduce(every[rank], op=op), expected)
                 own = lab.reduce_scatter(every[rank][:even], op=op)
-                assert torch.equal(own, expected[:even].view(size, -1)[rank])
+                assert torch.equal(own, expected[:even].tensor_split(size)[rank])
             assert torch.equal(lab.all_gather(every[rank]), torch.cat(every))
         assert len(channels()) == 1
 
@@ -89,14 +92,61 @@ def test_tensors_of_inference_mode_can_be_reduced(world2):
     assert world2.run(infer) == [2000.0] * 2
 
 
-def test_small_and_single_rank_collectives_need_no_channel(world2):
-    def small():
+def test_a_single_rank_needs_no_channel(world2):
+    def reduce():
         mesh = lab.make_mesh(dp=1, tp=2)
-        lab.all_reduce(torch.ones(8, device="cpu"), mesh["tp"])
         lab.all_reduce(torch.ones(5000, device="cpu"), mesh["dp"])
-        return len(transport._channels)
+        alone = len(transport._channels)
+        lab.all_reduce(torch.ones(1, device="cpu"), mesh["tp"])
+        return alone, len(transport._channels), len(channels())
 
-    assert world2.run(small) == [0, 0]
+    assert world2.run(reduce) == [(0, 1, 1)] * 2
+
+
+WHOLE = (torch.uint8, torch.int8, torch.int32, torch.int64)
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SERVED = dict.fromkeys(
+    (torch.bool, *WHOLE), tuple(op for op in REDUCED if op != "mean")
+)
+SERVED |= dict.fromkeys(REAL, tuple(REDUCED))
+SERVED |= dict.fromkeys((torch.complex64, torch.complex128), ("sum", "mean"))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_dtype_is_reduced_as_by_gloo(request, size):
+    world = request.getfixturevalue(f"world{size}")
+
+    def compare():
+        group = dist.new_group()
+        transport.use_messages(group)
+        apart = DeviceMesh.from_group(group, "cpu")
+        generator = torch.Generator("cpu").manual_seed(dist.get_rank())
+        for dtype, ops in SERVED.items():
+            top = 100 if dtype in WHOLE else 4  # sums overflow; floats stay exact
+            for shape in ((size,), (2 * size, 50)):
+                x = torch.randint(top, shape, generator=generator, device="cpu")
+                x = (x % 2 == 1) if dtype is torch.bool else x.to(dtype)
+                for op in ops:
+                    for collective in (lab.all_reduce, lab.reduce_scatter):
+                        ours, theirs = collective(x, op=op), collective(x, apart, op=op)
+                        assert ours.dtype == theirs.dtype == dtype
+                        assert ours.tolist() == theirs.tolist(), (dtype, op)
+                assert torch.equal(lab.all_gather(x), lab.all_gather(x, apart))
+        return [channel is None for channel in transport._channels.values()]
+
+    assert world.run(compare) == [[True, False]] * size
+
+
+def test_what_torch_cannot_add_is_refused_before_anything_is_sent(world2):
+    def refuse():
+        x = torch.ones(3, dtype=torch.float8_e4m3fn, device="cpu")
+        for collective in (lab.all_reduce, lab.reduce_scatter):
+            with pytest.raises(ValueError, match="float8_e4m3fn is not offered"):
+                collective(x[:2])
+        whole = lab.all_gather(x)  # nothing is broken
+        return whole.dtype, lab.all_gather_object(dist.get_rank())
+
+    assert world2.run(refuse) == [(torch.float8_e4m3fn, [0, 1])] * 2
 
 
 @pytest.mark.parametrize("why", ["another host", "no memory"])
@@ -131,12 +181,51 @@ def test_different_collectives_are_named_on_the_spot(world2):
         x = torch.ones(5000, device="cpu")
         return lab.all_gather(x) if dist.get_rank() else lab.all_reduce(x)
 
+    world2.run(dist.get_rank)  # the limit below holds for a warm fork server
     start = time.monotonic()
     with pytest.raises(lab.RankError, match="called different collectives: all_") as it:
         world2.run(differ)
     assert time.monotonic() - start < 2
     assert "all_reduce sum of 5000 torch.float32 on rank 0" in str(it.value)
     assert "all_gather of 10000 torch.float32 on rank 1" in str(it.value)
+
+
+@pytest.mark.parametrize("small", [0, 1, 255])
+def test_a_small_call_that_meets_a_large_one_is_named_on_the_spot(world4, small):
+    def differ():
+        numel = small if dist.get_rank() == 2 else 5000
+        lab.all_reduce(torch.ones(numel, device="cpu"))
+
+    world4.run(dist.get_rank)  # the limit below holds for a warm fork server
+    start = time.monotonic()
+    with pytest.raises(lab.RankError, match=r"rank 2: .*different collectives") as it:
+        world4.run(differ)
+    assert time.monotonic() - start < 2
+    assert it.value.rank == 2
+    assert f"all_reduce sum of {small} torch.float32 on rank 2" in str(it.value)
+    assert "all_reduce sum of 5000 torch.float32 on rank 3" in str(it.value)
+
+
+@pytest.mark.parametrize("by_messages", [False, True], ids=["", "messages"])
+def test_empty_tensors_are_collected_and_carry_empty_gradients(world4, by_messages):
+    def collect():
+        if by_messages:
+            transport.use_messages(dist.group.WORLD)
+        shapes = set()
+        for dtype in (torch.float32, torch.int64, torch.bool):
+            x = torch.empty(0, 3, dtype=dtype, device="cpu")
+            for ordered in (False, True):
+                shapes.add(lab.all_reduce(x, deterministic=ordered).shape)
+                shapes.add(lab.reduce_scatter(x, deterministic=ordered).shape)
+            shapes.add(lab.reduce_scatter(x, op="max").shape)
+            shapes.add(lab.all_gather(x).shape)
+        x = torch.empty(0, 3, device="cpu", requires_grad=True)
+        (lab.all_gather(x).sum() + lab.reduce_scatter(x).sum()).backward()
+        lab.barrier()
+        return shapes, x.grad.shape, len(channels())
+
+    empty = torch.Size([0, 3])
+    assert world4.run(collect) == [({empty}, empty, int(not by_messages))] * 4
 
 
 def test_a_killed_peer_is_noticed_at_once_and_blamed(world2):
@@ -175,18 +264,51 @@ def test_a_child_of_a_rank_does_not_keep_its_peers_waiting(world2):
             with pytest.raises(RuntimeError, match="rank 1 has left"):
                 lab.all_reduce(x)
             assert time.monotonic() - start < 4
-            lab.barrier()
+            dist.barrier()
         else:
             child = os.fork()  # as a worker of a DataLoader
             if child == 0:
                 time.sleep(8)
                 os._exit(0)
             channels()[0].tasks.put(None)
-            lab.barrier()
+            dist.barrier()
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
     world2.run(leave)
+
+
+class Pids(torch.utils.data.Dataset):
+    """Read by workers, which are forks of a rank: what do they hear from a barrier?"""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        with pytest.raises(RuntimeError, match="no rank itself; call it in the rank"):
+            lab.barrier()
+        return os.getpid()
+
+
+def test_control_traffic_goes_on_beside_the_workers_of_a_loader(world4):
+    def load():
+        mesh, rank = lab.make_mesh(dp=2, tp=2), dist.get_rank()
+        lab.barrier()
+        options = {"num_workers": 2, "multiprocessing_context": "fork"}
+        pids, pairs = set(), []
+        for pid in torch.utils.data.DataLoader(Pids(), batch_size=1, **options):
+            pids.add(int(pid))
+            lab.barrier(mesh["dp"])
+            pairs.append(lab.all_gather_object(rank, mesh["tp"]))
+            weight = lab.mean_weight(1 + rank % 2, mesh["tp"])
+            assert weight == (1 + rank % 2) * 2 / 3
+        lab.barrier()
+        assert len(pids - {os.getpid()}) == 2
+        assert len(channels()) == 3
+        return pairs
+
+    pairs = world4.run(load)
+    assert pairs == [[[0, 1]] * 4, [[0, 1]] * 4, [[2, 3]] * 4, [[2, 3]] * 4]
 
 
 def test_a_broken_channel_refuses_what_comes_later(world2):

@@ -50,9 +50,14 @@ REDUCED = {"sum": sum, "max": max, "min": min}
 REDUCED |= {"mean": lambda v: sum(v) / N, "product": math.prod}
 
 
+@pytest.mark.parametrize("by_messages", [False, True], ids=["", "messages"])
 @pytest.mark.parametrize("op", transport.REDUCTIONS)
-def test_checked_collectives_have_the_same_values_and_count_their_own_bytes(world, op):
+def test_every_transport_has_the_same_values_and_counts_its_own_bytes(
+    world, op, by_messages
+):
     def move():
+        if by_messages:
+            transport.use_messages(dist.group.WORLD)
         x = torch.arange(1.0, N + 1, device="cpu") + dist.get_rank()
         with lab.count_comms() as log:
             part, whole = lab.reduce_scatter(x, op=op), lab.all_gather(x)
@@ -64,7 +69,7 @@ def test_checked_collectives_have_the_same_values_and_count_their_own_bytes(worl
         assert part == REDUCED[op]([row[rank] for row in rows])
         assert whole == [x for row in rows for x in row]
         # gloo's own reduce-scatter is an all-reduce.
-        is_whole = is_checked or op not in ("sum", "mean")
+        is_whole = is_checked or (by_messages and op not in ("sum", "mean"))
         sent = wire_bytes("all_reduce" if is_whole else "reduce_scatter", 4 * N, N)
         assert log["world", "reduce_scatter"].wire_bytes == sent
         gathered = wire_bytes("all_gather", 4 * N * N, N)

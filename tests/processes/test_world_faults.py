@@ -28,13 +28,15 @@ from labpkg.processes.fork_server import ForkServer
 from tests.processes.survivors import gone, started_with
 
 HANGS = "did not end within 1 s"
+# Faults that can meet both transports: shared memory unless the test asks for gloo.
+ANYWHERE = [it for it in FAULTS if not it.endswith((", gloo", ", shared memory"))]
 GUILTY = (0, 1, 3)
 SEEDED = random.Random(0)
 
 
-def with_a_child(name, guilty):
+def with_a_child(name, guilty, by_gloo=False):
     subprocess.Popen(["sleep", "1000"])  # it must not outlive the run
-    return commit(name, guilty)
+    return commit(name, guilty, by_gloo=by_gloo)
 
 
 @pytest.fixture(autouse=True)
@@ -71,11 +73,11 @@ def world():
         yield world
 
 
-def check_fault(world, name, guilty):
+def check_fault(world, name, guilty, by_gloo=False):
     fault, start = FAULTS[name], time.monotonic()
     limit_s = 30 if fault.hangs is False else 1
     with pytest.raises(lab.RankError, match=f"(?s){fault.says}") as info:
-        world.run(with_a_child, name, guilty, timeout_s=limit_s, show=None)
+        world.run(with_a_child, name, guilty, by_gloo, timeout_s=limit_s, show=None)
     took_s, error = time.monotonic() - start, info.value
     assert error.rank == guilty, str(error)
     assert sorted([*error.others, error.rank]) == [0, 1, 2, 3]
@@ -94,12 +96,17 @@ def test_fault(world, name):
     check_fault(world, name, SEEDED.choice(GUILTY))
 
 
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_fault_without_shared_memory(world, name):
+    check_fault(world, name, SEEDED.choice(GUILTY), by_gloo=True)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("guilty", GUILTY)
 @pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.parametrize("repeat", range(4))
 def test_fault_repeated(world, name, guilty, repeat):
-    check_fault(world, name, guilty)
+    check_fault(world, name, guilty, by_gloo=repeat % 2 == 1 and name in ANYWHERE)
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if FAULTS[name].hangs])
