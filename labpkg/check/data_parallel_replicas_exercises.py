@@ -224,9 +224,9 @@ _FIRST_DRIFT = Exercise(
         "one bad tensor spoils the later ones: return the first tensor that differs": (
             _last_drift
         ),
-        "name only the ranks that differ in this first tensor": _whole_models,
         "no hash is the most frequent one, so nobody knows who is right: name all "
         "ranks": lambda hashes: _drift(hashes, lower_rank_wins=True),
+        "name only the ranks that differ in this first tensor": _whole_models,
         "return None if all replicas agree": lambda hashes: _drift(hashes) or (0, []),
         "these are the ranks that agree; return the others": _but_the_majority,
     },
