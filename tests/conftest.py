@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import cloudpickle
 import pytest
+import torch
 
 import labpkg as lab
+from scripts.laws import LAWS, record
+
+
+def pytest_addoption(parser):
+    text = "store what the laws of every engine measure in this JSON file"
+    parser.addoption("--laws", type=Path, metavar="PATH", help=text)
 
 
 def pytest_configure(config):
+    # With xdist the reports of all workers arrive at the process that started them.
+    if config.option.laws and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Measurements(config.option.laws))
     # A job in the background ignores SIGINT, and so would everything that it starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -23,6 +34,36 @@ def pytest_collection_modifyitems(items):
     # By reference, every fresh rank would import the test module, and pytest with it.
     for module in {getattr(item, "module", None) for item in items} - {None}:
         cloudpickle.register_pickle_by_value(module)
+
+
+class Measurements:
+    """Collects what tests measured, and stores it after a run without failure."""
+
+    def __init__(self, path):
+        self.path, self.rows = path, []
+
+    def pytest_runtest_logreport(self, report):
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name == "law":
+                self.rows.append((report.nodeid.partition("[")[0], *value))
+
+    def pytest_sessionfinish(self, exitstatus):
+        if exitstatus == 0:
+            record(self.rows, torch.__version__.partition("+")[0], self.path)
+
+
+@pytest.fixture
+def law(record_property):
+    """Return a function that asserts a bound of a law in `LAWS`, and records it."""
+
+    def check(engine, name, deviation, tolerance, *, case):
+        record_property("law", (engine, name, float(deviation), float(tolerance)))
+        if LAWS[name].is_lower_bound:
+            assert deviation > tolerance, case
+        else:
+            assert deviation <= tolerance, case
+
+    return check
 
 
 # Exactness is tested on the CPU, on every machine; GPUs have tests of their own.

@@ -1,0 +1,190 @@
+"""Write the page of the book that tells what the laws of every engine measured.
+
+    laws.py        book/data/laws.json -> book/parallelism/laws.md
+
+`make laws` runs the tests of the laws, which write the JSON file (see `record`), and
+then this. Numbers have two digits and carry no date and no host: on one machine and
+version of torch the same code gives the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "book" / "data" / "laws.json"
+PAGE = ROOT / "book" / "parallelism" / "laws.md"
+
+
+class Law(NamedTuple):
+    """What a law says, and the unit in which tests measure how far it is missed."""
+
+    meaning: str
+    unit: str = ""
+    is_lower_bound: bool = False
+
+
+LAWS = {
+    "output": Law(
+        "The output of the first forward pass, put together from all ranks, is that of "
+        "one process on the whole batch."
+    ),
+    "gradients": Law(
+        "Every gradient is that of one process. A gradient that lies in slices on many "
+        "ranks is gathered first. Where one process has `None`, so has the engine."
+    ),
+    "parameters": Law(
+        "After five steps of SGD with momentum, and of AdamW, every parameter on every "
+        "rank is that of one process, and bitwise that of the other ranks."
+    ),
+    "seeds": Law(
+        "Each rank builds its model from a seed of its own. Once the engine has it, "
+        "all parameters and buffers are bitwise those of rank 0."
+    ),
+    "off": Law(
+        "With communication switched off and equal seeds the same run completes, "
+        "counts no byte, and its gradients are wrong on every rank by more than 1000 "
+        "times the tolerance: the other laws do not hold by accident.",
+        is_lower_bound=True,
+    ),
+    "bytes": Law(
+        "The payload bytes of a step, counted collective by collective, are those of "
+        "the formula in `labpkg/planning/cost.py`, with one and with two backward "
+        "passes for each step; no other collective runs.",
+        unit="bytes",
+    ),
+    "bad_input": Law(
+        "What cannot work, such as a model without parameters, raises a `ValueError` "
+        "on every rank, and the ranks can train something else afterwards.",
+        unit="ranks that accept",
+    ),
+    "models": Law(
+        "Gradients and parameters after five steps are those of one process for models "
+        "that nobody tuned an engine for: a convolution with buffers, an LSTM, tied "
+        "embeddings, branches that some or all ranks leave out, a single parameter, "
+        "odd sizes, a frozen backbone, nested and shared modules."
+    ),
+    "bfloat16": Law(
+        "The same for a model in bfloat16, whose numbers have 8 bits: here rounding "
+        "decides, and the tolerance is four units in the last place."
+    ),
+    "bitwise": Law(
+        "With `deterministic=True` ranks add in the order of their numbers. On 2 and 4 "
+        "ranks gradients and parameters after five steps are then bitwise those of one "
+        "process that accumulates the shards one after the other, for all these models "
+        "and in float64, float32 and bfloat16. (On 3 ranks 1/n is rounded.)"
+    ),
+}
+
+HEAD = """\
+# Proof: the laws of every engine
+
+An engine of parallelism may change where numbers lie and when they travel, but not what
+they are. The tests hold every engine to the same laws, at 2, 3 and 4 ranks, with ranks
+that start from different seeds. This page is generated from such a run: on the CPU,
+with torch {torch}.
+
+Each number is the largest deviation over all cases (models, optimizers, numbers of
+ranks, ranks). Unless the row says otherwise it is relative, $\\lVert x - y \\rVert /
+\\lVert y \\rVert$ of a tensor $x$ and the same tensor $y$ of one process; 0 means
+bitwise equal. In the row `off` it is the smallest one, which must be large.
+
+"""
+
+TAIL = """\
+## Repeat it
+
+`make laws` runs the tests, stores what they measure in `book/data/laws.json` and writes
+this page. An engine joins by one class in `tests/parallelism/engines.py`, which says
+how to wrap a model, to train a step and to gather what is cut; the laws themselves, in
+`tests/parallelism/test_laws.py`, know no engine.
+"""
+
+
+def record(
+    measured: Iterable[tuple[str, str, str, float, float]], torch: str, path: Path
+) -> None:
+    """Store what tests measured, one row for each engine and law.
+
+    Args:
+        measured: Test, engine, law, deviation and tolerance of each case.
+        torch: Its version.
+        path: The JSON file.
+
+    Raises:
+        ValueError: If the cases of a law have several tolerances.
+    """
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for test, engine, law, deviation, tolerance in measured:
+        new = {"engine": engine, "law": law, "tests": [], "cases": 0}
+        new |= {"deviation": deviation, "tolerance": tolerance}
+        row = rows.setdefault((engine, law), new)
+        if row["tolerance"] != tolerance:
+            raise ValueError(
+                f"{test} measures {law} of {engine} with tolerance {tolerance}, "
+                f"another case with {row['tolerance']}; make it a law of its own"
+            )
+        worst = min if LAWS[law].is_lower_bound else max
+        row["deviation"] = worst(row["deviation"], deviation)
+        row["tests"] = sorted({*row["tests"], test})
+        row["cases"] += 1
+    for row in rows.values():
+        row["deviation"] = float(f"{row['deviation']:.1e}")
+    order = list(LAWS)
+    stored = {
+        "torch": torch,
+        "rows": sorted(rows.values(), key=lambda row: order.index(row["law"])),
+    }
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def page(stored: dict[str, Any]) -> str:
+    """Return the page that a stored run gives."""
+    rows = {(row["engine"], row["law"]): row for row in stored["rows"]}
+    engines = list(dict.fromkeys(engine for engine, _ in rows))
+    lines = [_row("Law", "Bound", *(f"`{engine}`" for engine in engines))]
+    lines.append("|:--|:--|" + ":--|" * len(engines))
+    for law in LAWS:
+        bound = rows[engines[0], law]
+        cells = [number(rows[engine, law]["deviation"]) for engine in engines]
+        lines.append(_row(f"[{law}](#law-{law})", tolerance(bound), *cells))
+    parts = [HEAD.format(torch=stored["torch"]), "\n".join(lines), "\n\n"]
+    parts += [_section(law, [rows[engine, law] for engine in engines]) for law in LAWS]
+    return "".join([*parts, TAIL])
+
+
+def _section(law: str, rows: list[dict[str, Any]]) -> str:
+    lines = [f"(law-{law})=", f"## {law}", "", LAWS[law].meaning, ""]
+    lines += ["| Engine | Test | Cases | Deviation | Bound |"]
+    lines += ["|:--|:--|--:|:--|:--|"]
+    for row in rows:
+        tests = ", ".join(f"`{test.rpartition('::')[2]}`" for test in row["tests"])
+        cells = (f"`{row['engine']}`", tests, str(row["cases"]))
+        lines.append(_row(*cells, number(row["deviation"]), tolerance(row)))
+    return "\n".join(lines) + "\n\n"
+
+
+def number(value: float) -> str:
+    """Return a deviation as the tables show it."""
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def tolerance(row: dict[str, Any]) -> str:
+    """Return the bound of a row, with its direction and unit."""
+    law = LAWS[row["law"]]
+    relation = ">" if law.is_lower_bound else "≤"
+    return f"{relation} {number(row['tolerance'])} {law.unit}".strip()
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    if not DATA.exists():
+        sys.exit(f"{DATA.relative_to(ROOT)} is missing; run `make laws`")
+    PAGE.write_text(page(json.loads(DATA.read_text())))

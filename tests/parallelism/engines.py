@@ -1,0 +1,162 @@
+"""What the laws ask of an engine, answered for each engine.
+
+An engine joins the laws by one class here and a line in `ENGINES`; the laws themselves
+know no engine. Objects of these classes live inside `World.run`, one on each rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+import labpkg as lab
+from tests.parallelism.models import without_parameters
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Traffic = dict[tuple[str, str], int]  # payload bytes by axis and collective
+BUCKET_BYTES = 200  # several buckets even for these models
+
+
+class OptimizerChoice(NamedTuple):
+    """A class of optimizers and its options."""
+
+    kind: Callable[..., torch.optim.Optimizer]
+    options: dict[str, float]
+
+
+class Engine(Protocol):
+    """One model under an engine, on one rank.
+
+    Attributes:
+        meshes: Sizes of the axes for each number of ranks on which the laws hold.
+    """
+
+    meshes: ClassVar[dict[int, dict[str, int]]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerChoice,
+        mesh: DeviceMesh,
+        *,
+        deterministic: bool = False,
+    ) -> None: ...
+
+    def backward(self, x: Tensor, y: Tensor, loss: Loss, num_passes: int) -> Tensor:
+        """Accumulate the gradient over the global batch; return this rank's output."""
+        ...
+
+    @staticmethod
+    def assemble(outputs: list[Tensor]) -> Tensor:
+        """Return the output of the global batch from those of all ranks."""
+        ...
+
+    def step(self) -> None:
+        """Update the parameters and drop the gradients."""
+        ...
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Return every whole gradient by the name of its parameter."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Return every whole parameter and buffer by name."""
+        ...
+
+    def predicted_bytes(self, num_passes: int) -> Traffic:
+        """Return the payload bytes of one step by the formula."""
+        ...
+
+    @classmethod
+    def bad_inputs(cls, mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
+        """Return calls that must raise a ValueError, by what is wrong with them."""
+        ...
+
+
+class _ShardedBatch:
+    """Engines of the axis dp: each rank takes its shard of the batch."""
+
+    meshes: ClassVar = {n: {"dp": n} for n in (2, 3, 4)}
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    no_sync: Callable[[], AbstractContextManager[None]]
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh["dp"]
+
+    def backward(self, x: Tensor, y: Tensor, loss: Loss, num_passes: int) -> Tensor:
+        n, rank = self.mesh.size(), self.mesh.get_local_rank()
+        parts = (t.chunk(n)[rank].chunk(num_passes) for t in (x, y))
+        outputs = []
+        for i, (x_part, y_part) in enumerate(zip(*parts, strict=True)):
+            is_last = i == num_passes - 1
+            with nullcontext() if is_last else self.no_sync():
+                outputs.append(self.model(x_part))
+                (loss(outputs[-1], y_part) / num_passes).backward()
+        return torch.cat(outputs).detach()
+
+    @staticmethod
+    def assemble(outputs: list[Tensor]) -> Tensor:
+        return torch.cat(outputs)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @classmethod
+    def bad_inputs(cls, mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
+        def wrap(model: nn.Module, mesh: Any = mesh) -> object:
+            sgd = OptimizerChoice(lab.SGD, {"lr": 0.1})
+            return cls(model, sgd, mesh)  # pyright: ignore[reportCallIssue]
+
+        rank = mesh["dp"].get_local_rank()
+        two_devices = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+        frozen = nn.Linear(2, 2).requires_grad_(False)
+        twice = nn.Linear(2, 2)
+        return {
+            "no parameters": lambda: wrap(without_parameters()),
+            "nothing to train": lambda: wrap(frozen),
+            "a mesh of several axes": lambda: wrap(nn.Linear(2, 2), {"dp": mesh}),
+            "another model on each rank": lambda: wrap(nn.Linear(2, 2 + rank)),
+            "parameters on two devices": lambda: wrap(two_devices),
+            "two engines": lambda: (wrap(twice), wrap(twice)),
+        }
+
+
+class DataParallelEngine(_ShardedBatch):
+    """`DataParallel`: replicas, averaged gradients."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerChoice,
+        mesh: DeviceMesh,
+        *,
+        deterministic: bool = False,
+    ) -> None:
+        super().__init__(mesh)
+        self.model = engine = lab.DataParallel(
+            model, self.mesh, bucket_bytes=BUCKET_BYTES, deterministic=deterministic
+        )
+        self.no_sync = engine.no_sync
+        self.optimizer = optimizer.kind(self.model.parameters(), **optimizer.options)
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        return {name: p.grad for name, p in self.model.named_parameters()}
+
+    def state(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def predicted_bytes(self, num_passes: int) -> Traffic:
+        return {
+            ("dp", "all_reduce"): lab.data_parallel_bytes(self.model),
+            ("dp", "broadcast"): sum(b.nbytes for b in self.model.buffers()),
+        }
+
+
+ENGINES: dict[str, type[Engine]] = {"DataParallel": DataParallelEngine}
