@@ -94,6 +94,23 @@ def test_two_calls_that_differ_are_told_without_a_majority():
     assert "do not match: all_reduce [2] (number 1 in x) on rank 0" in str(error)
 
 
+def test_what_the_library_was_asked_for_comes_before_what_torch_was():
+    where = {
+        rank: Where(
+            stack="",
+            collective="broadcast" if rank == 2 else "all_reduce",
+            calls={("0", 7): "barrier", ("0", 8): "usual" if rank != 2 else "odd"},
+            record={("0", 1): "all_gather" if rank else "broadcast"},
+        )
+        for rank in range(4)
+    }
+    error = blame(where=where)
+    assert error.rank == 2
+    assert "called odd; the calls do not match: usual on rank 0, usual" in str(error)
+    del where[2].calls["0", 8]  # it is a call behind
+    assert blame(where=where).rank == 0  # which torch knows to differ
+
+
 def test_calls_of_other_groups_or_numbers_are_not_compared():
     same = {r: at("all_reduce [2]") for r in range(3)}
     assert "match" not in str(blame(where=same))
