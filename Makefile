@@ -21,7 +21,7 @@ WORKFLOW_TESTS := tests/test_lab.py
 
 .NOTPARALLEL:
 .PHONY: help lab train test lint unit notebooks-test book-test lab-test soak book execute \
-	figures screenshots notebook serve test-gpu clean
+	figures laws screenshots notebook serve test-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 16
@@ -60,6 +60,11 @@ execute: $(READY)  ## run the notebooks and store their outputs (ONLY=book/x.ipy
 
 figures: $(READY)  ## draw the figures that no notebook draws
 	@$(STEP) -q "Draw the chapter map" $(BIN)/python scripts/chapter_map.py
+
+laws: $(READY)  ## hold every engine to its laws, write what they measure into the book
+	@$(STEP) "Measure the laws of every engine" $(BIN)/python -m pytest -q \
+	  --laws book/data/laws.json tests/parallelism/test_laws.py
+	@$(STEP) -q "Write the page of the laws" $(BIN)/python scripts/laws.py
 
 screenshots: book  ## photograph every page into _build/screenshots (needs Chromium)
 	@$(STEP) "Take screenshots" $(BIN)/python scripts/browser.py _build/html _build/screenshots

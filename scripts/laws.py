@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +24,7 @@ PAGE = ROOT / "book" / "parallelism" / "laws.md"
 class Law(NamedTuple):
     """What a law says, and the unit in which tests measure how far it is missed."""
 
+    title: str
     meaning: str
     unit: str = ""
     is_lower_bound: bool = False
@@ -30,53 +32,63 @@ class Law(NamedTuple):
 
 LAWS = {
     "output": Law(
+        "The same output",
         "The output of the first forward pass, put together from all ranks, is that of "
-        "one process on the whole batch."
+        "one process on the whole batch.",
     ),
     "gradients": Law(
+        "The same gradients",
         "Every gradient is that of one process. A gradient that lies in slices on many "
-        "ranks is gathered first. Where one process has `None`, so has the engine."
+        "ranks is gathered first. Where one process has `None`, so has the engine.",
     ),
     "parameters": Law(
+        "The same parameters",
         "After five steps of SGD with momentum, and of AdamW, every parameter on every "
-        "rank is that of one process, and bitwise that of the other ranks."
+        "rank is that of one process, and bitwise that of the other ranks.",
     ),
     "seeds": Law(
+        "Other seeds",
         "Each rank builds its model from a seed of its own. Once the engine has it, "
-        "all parameters and buffers are bitwise those of rank 0."
+        "all parameters and buffers are bitwise those of rank 0.",
     ),
     "off": Law(
+        "Communication off",
         "With communication switched off and equal seeds the same run completes, "
         "counts no byte, and its gradients are wrong on every rank by more than 1000 "
         "times the tolerance: the other laws do not hold by accident.",
         is_lower_bound=True,
     ),
     "bytes": Law(
+        "Counted bytes",
         "The payload bytes of a step, counted collective by collective, are those of "
         "the formula in `labpkg/planning/cost.py`, with one and with two backward "
         "passes for each step; no other collective runs.",
         unit="bytes",
     ),
     "bad_input": Law(
+        "Bad input",
         "What cannot work, such as a model without parameters, raises a `ValueError` "
         "on every rank, and the ranks can train something else afterwards.",
         unit="ranks that accept",
     ),
     "models": Law(
+        "Other models",
         "Gradients and parameters after five steps are those of one process for models "
         "that nobody tuned an engine for: a convolution with buffers, an LSTM, tied "
         "embeddings, branches that some or all ranks leave out, a single parameter, "
-        "odd sizes, a frozen backbone, nested and shared modules."
+        "odd sizes, a frozen backbone, nested and shared modules.",
     ),
     "bfloat16": Law(
+        "Half precision",
         "The same for a model in bfloat16, whose numbers have 8 bits: here rounding "
-        "decides, and the tolerance is four units in the last place."
+        "decides, and the tolerance is four units in the last place.",
     ),
     "bitwise": Law(
+        "Bitwise",
         "With `deterministic=True` ranks add in the order of their numbers. On 2 and 4 "
         "ranks gradients and parameters after five steps are then bitwise those of one "
         "process that accumulates the shards one after the other, for all these models "
-        "and in float64, float32 and bfloat16. (On 3 ranks 1/n is rounded.)"
+        "and in float64, float32 and bfloat16. (On 3 ranks 1/n is rounded.)",
     ),
 }
 
@@ -89,9 +101,9 @@ that start from different seeds. This page is generated from such a run: on the 
 with torch {torch}.
 
 Each number is the largest deviation over all cases (models, optimizers, numbers of
-ranks, ranks). Unless the row says otherwise it is relative, $\\lVert x - y \\rVert /
+ranks, ranks). Unless the bound names a unit it is relative, $\\lVert x - y \\rVert /
 \\lVert y \\rVert$ of a tensor $x$ and the same tensor $y$ of one process; 0 means
-bitwise equal. In the row `off` it is the smallest one, which must be large.
+bitwise equal. With communication off it is the smallest one, which must be large.
 
 """
 
@@ -151,14 +163,20 @@ def page(stored: dict[str, Any]) -> str:
     for law in LAWS:
         bound = rows[engines[0], law]
         cells = [number(rows[engine, law]["deviation"]) for engine in engines]
-        lines.append(_row(f"[{law}](#law-{law})", tolerance(bound), *cells))
+        lines.append(_row(f"[{LAWS[law].title}](#law-{law})", tolerance(bound), *cells))
     parts = [HEAD.format(torch=stored["torch"]), "\n".join(lines), "\n\n"]
     parts += [_section(law, [rows[engine, law] for engine in engines]) for law in LAWS]
     return "".join([*parts, TAIL])
 
 
 def _section(law: str, rows: list[dict[str, Any]]) -> str:
-    lines = [f"(law-{law})=", f"## {law}", "", LAWS[law].meaning, ""]
+    lines = [
+        f"(law-{law})=",
+        f"## {LAWS[law].title}",
+        "",
+        fill(LAWS[law].meaning, 88),
+        "",
+    ]
     lines += ["| Engine | Test | Cases | Deviation | Bound |"]
     lines += ["|:--|:--|--:|:--|:--|"]
     for row in rows:
@@ -170,13 +188,13 @@ def _section(law: str, rows: list[dict[str, Any]]) -> str:
 
 def number(value: float) -> str:
     """Return a deviation as the tables show it."""
-    return "0" if value == 0 else f"{value:.1e}"
+    return f"{value:.2g}"
 
 
 def tolerance(row: dict[str, Any]) -> str:
     """Return the bound of a row, with its direction and unit."""
     law = LAWS[row["law"]]
-    relation = ">" if law.is_lower_bound else "≤"
+    relation = ">" if law.is_lower_bound else "≤" if row["tolerance"] else ""
     return f"{relation} {number(row['tolerance'])} {law.unit}".strip()
 
 
