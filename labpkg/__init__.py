@@ -17,6 +17,8 @@ _EXPORTS = {
     "data_parallel_bytes": "planning.cost",
     "wire_bytes": "planning.cost",
     "activation_bytes": "planning.cost",
+    "model_state_bytes": "planning.cost",
+    "zero_bytes": "planning.cost",
     "AlphaBeta": "planning.communication",
     "Level": "planning.communication",
     "all_reduce_time": "planning.communication",
@@ -47,6 +49,7 @@ _EXPORTS = {
     "augment": "foundations.transforms",
     "ConfusionMatrix": "foundations.metrics",
     "RunningMean": "foundations.metrics",
+    "live_tensor_bytes": "foundations.memory",
     "World": "processes.world",
     "RankError": "processes.world",
     "make_mesh": "processes.mesh",
@@ -65,10 +68,14 @@ _EXPORTS = {
     "recursive_doubling_all_reduce": "processes.algorithms",
     "all_gather_object": "processes.messages",
     "count_comms": "processes.traffic",
+    "check_replicas": "processes.replicas",
+    "average_parameters": "processes.replicas",
     "DataParallel": "parallelism.data_parallel",
     "average_gradients": "parallelism.data_parallel",
     "average_gradients_bucketed": "parallelism.data_parallel",
     "mean_weight": "parallelism.data_parallel",
+    "clip_grad_norm": "parallelism.clipping",
+    "ZeroOptimizer": "parallelism.zero",
     "Trainer": "runs.trainer",
     "TrainConfig": "runs.config",
     "TrainResult": "runs.trainer",
@@ -90,6 +97,7 @@ if TYPE_CHECKING:
     from labpkg.foundations.learning_rates import warmup_cosine as warmup_cosine
     from labpkg.foundations.learning_rates import warmup_linear as warmup_linear
     from labpkg.foundations.losses import cross_entropy as cross_entropy
+    from labpkg.foundations.memory import live_tensor_bytes as live_tensor_bytes
     from labpkg.foundations.metrics import ConfusionMatrix as ConfusionMatrix
     from labpkg.foundations.metrics import RunningMean as RunningMean
     from labpkg.foundations.models import GPT as GPT
@@ -107,12 +115,14 @@ if TYPE_CHECKING:
     from labpkg.foundations.text import stdlib_text as stdlib_text
     from labpkg.foundations.transforms import Standardize as Standardize
     from labpkg.foundations.transforms import augment as augment
+    from labpkg.parallelism.clipping import clip_grad_norm as clip_grad_norm
     from labpkg.parallelism.data_parallel import DataParallel as DataParallel
     from labpkg.parallelism.data_parallel import average_gradients as average_gradients
     from labpkg.parallelism.data_parallel import (
         average_gradients_bucketed as average_gradients_bucketed,
     )
     from labpkg.parallelism.data_parallel import mean_weight as mean_weight
+    from labpkg.parallelism.zero import ZeroOptimizer as ZeroOptimizer
     from labpkg.planning.communication import AlphaBeta as AlphaBeta
     from labpkg.planning.communication import Level as Level
     from labpkg.planning.communication import all_reduce_time as all_reduce_time
@@ -126,7 +136,9 @@ if TYPE_CHECKING:
     from labpkg.planning.communication import level_between as level_between
     from labpkg.planning.cost import activation_bytes as activation_bytes
     from labpkg.planning.cost import data_parallel_bytes as data_parallel_bytes
+    from labpkg.planning.cost import model_state_bytes as model_state_bytes
     from labpkg.planning.cost import wire_bytes as wire_bytes
+    from labpkg.planning.cost import zero_bytes as zero_bytes
     from labpkg.planning.shapes import ModelShape as ModelShape
     from labpkg.processes.algorithms import (
         recursive_doubling_all_reduce as recursive_doubling_all_reduce,
@@ -145,6 +157,8 @@ if TYPE_CHECKING:
     from labpkg.processes.messages import recv as recv
     from labpkg.processes.messages import send as send
     from labpkg.processes.messages import sendrecv as sendrecv
+    from labpkg.processes.replicas import average_parameters as average_parameters
+    from labpkg.processes.replicas import check_replicas as check_replicas
     from labpkg.processes.traffic import count_comms as count_comms
     from labpkg.processes.world import RankError as RankError
     from labpkg.processes.world import World as World

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 
@@ -224,3 +224,50 @@ def _require_below_one(name: str, value: float) -> None:
             f"{name} has the value {value}, outside [0, 1): the running mean would "
             "not forget; choose e.g. 0.9"
         )
+
+
+def elementwise_defaults(
+    cls: type[torch.optim.Optimizer], options: dict[str, Any], *, device: str = "cpu"
+) -> dict[str, Any]:
+    """Return the defaults of an optimizer; refuse one that looks beyond an element.
+
+    A small matrix is updated whole and in two slices: the results must be equal.
+
+    Args:
+        cls: The optimizer's class.
+        options: What it is made with, besides the parameters.
+        device: Where to try it.
+
+    Returns:
+        Its `defaults`, the options of a parameter group.
+
+    Raises:
+        ValueError: If slices of a parameter cannot be updated each by itself.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    random = torch.randn(4, 12, dtype=torch.float64, generator=generator, device="cpu")
+    start, *gradients = random.to(device)
+    whole = nn.Parameter(start.view(3, 4).clone())
+    pieces = [nn.Parameter(part.clone()) for part in start.split([5, 7])]
+    optimizer = cls([whole], **options)
+    try:
+        sliced = cls(pieces, **options)
+        for gradient in gradients:
+            whole.grad = gradient.view(3, 4).clone()
+            for piece, part in zip(pieces, gradient.split([5, 7]), strict=True):
+                piece.grad = part.clone()
+            optimizer.step()
+            sliced.step()
+    except Exception as error:
+        raise _no_slices(cls, f"it fails on them: {error}") from error
+    together = torch.cat([piece.detach() for piece in pieces])
+    if not torch.allclose(whole.detach().view(-1), together, rtol=1e-9, atol=1e-12):
+        raise _no_slices(cls, "what it does to one element depends on others")
+    return optimizer.defaults
+
+
+def _no_slices(cls: type, reason: str) -> ValueError:
+    return ValueError(
+        f"{cls.__name__} cannot update slices of parameters, because {reason}; choose "
+        "an elementwise optimizer, such as AdamW or SGD, or use DataParallel"
+    )

@@ -1,0 +1,360 @@
+"""ZeRO stages 1 and 2: every rank updates its slice of the parameters, and only that.
+
+Replicated training stores the optimizer's state n times and computes the same update n
+times. Here gradients are reduce-scattered instead of all-reduced, so each rank gets the
+mean of its own slice; it updates this slice with its share of the state and gathers the
+rest of the weights from its peers. Reduce-scatter and all-gather together send what one
+all-reduce sends. Stage 1 keeps the buffer of all gradients, stage 2 frees each bucket
+once it is reduced. (Stage 3, which cuts the weights as well, is `fsdp`.)
+
+The result is exact for optimizers that update each element by itself, such as SGD and
+Adam: it does not matter to them how parameters are cut.
+
+Chapter: parallelism/zero. Reference: Rajbhandari et al. 2020, ZeRO: Memory
+Optimizations Toward Training Trillion Parameter Models, SC20, arXiv:1910.02054.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from labpkg.foundations.optimizers import elementwise_defaults
+from labpkg.processes.flat import bucket_parameters
+from labpkg.processes.in_place import all_reduce_
+from labpkg.processes.replicas import (
+    GradientHook,
+    broadcast_state,
+    release,
+    require_device,
+    require_same_model,
+)
+from labpkg.processes.zero_bucket import ZeroBucket
+
+_BUCKET_BYTES = 8 * 2**20
+_MOST_IN_FLIGHT = 2  # buckets of gradients that stage 2 keeps while they are reduced
+_NO_OPTIONS = ("params", "param_names")
+
+
+class ZeroOptimizer(Optimizer):
+    """Any elementwise torch optimizer with its state cut over a mesh axis.
+
+    Backward averages the gradients over the ranks itself: no `DataParallel` around the
+    model. Afterwards every `p.grad` is None; the mean gradient lies in slices,
+    `shard_of(p).local.grad`, which `clip_grad_norm` and `full_gradients` know.
+    `zero_grad` of this optimizer clears it, `model.zero_grad()` does not reach it.
+
+    State per rank: S / n instead of S. Stage 1 keeps a buffer for all gradients, stage
+    2 only this rank's slice between backward passes. A parameter that no rank used is
+    not updated. The parameters are overwritten with those of rank 0; buffers, and
+    parameters that are not given, must be equal already.
+
+    Args:
+        params: Parameters, named parameters or groups, as for `cls`. Frozen ones stay.
+        cls: The optimizer's class, such as `torch.optim.AdamW`.
+        mesh: The data-parallel axis.
+        stage: 1 or 2.
+        bucket_bytes: Size at which a bucket of gradients is closed and sent.
+        deterministic: Add gradients in rank order on every backend.
+        kwargs: Options of `cls`.
+
+    Raises:
+        ValueError: If `stage` is neither 1 nor 2, if `cls` is not elementwise, if the
+            mesh has several axes or more ranks than there are elements, if a parameter
+            has an engine already or lies elsewhere, or if the ranks' parameters differ.
+
+    Communication: per step a reduce_scatter of the gradients and an all_gather of the
+    weights, 2 (n - 1) / n of the parameters' bytes per rank, as data parallelism; and
+    one byte per parameter that tells whether any rank used it. `zero_bytes` counts.
+
+    Reference: Rajbhandari et al. 2020, SC20, arXiv:1910.02054.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        cls: type[Optimizer],
+        mesh: DeviceMesh,
+        *,
+        stage: int,
+        bucket_bytes: int = _BUCKET_BYTES,
+        deterministic: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if stage not in (1, 2) or bucket_bytes < 1:
+            raise ValueError(
+                f"stage={stage}, bucket_bytes={bucket_bytes}: ZeroOptimizer has stages "
+                "1 and 2 and buckets of at least one byte; stage 3 is fully_shard"
+            )
+        defaults = elementwise_defaults(cls, kwargs, device=mesh.device_type)
+        super().__init__(params, defaults)
+        trainable = _require_trainable(self.param_groups, mesh)
+        self.stage, self._mesh, self._deterministic = stage, mesh, deterministic
+        plan = _buckets_in_order(trainable, bucket_bytes)
+        self._groups = [group for _, group in plan]  # of each bucket
+        self._buckets = [
+            ZeroBucket(parameters, mesh, keeps_gradient=stage == 1)
+            for parameters, _ in plan
+        ]
+        frozen = [p for g in self.param_groups for p in g["params"]]
+        frozen = [p for p in frozen if not p.requires_grad]
+        broadcast_state([*(b.weights for b in self._buckets), *frozen], mesh)
+        self.inner = cls(
+            [
+                {
+                    "params": [s.local for s in bucket.shards if s.local.numel()],
+                    **_options(self.param_groups[group]),
+                }
+                for bucket, group in zip(self._buckets, self._groups, strict=True)
+            ],
+            **kwargs,
+        )
+        self._sync, self._is_consumed = True, False
+        self._num_launched, self._in_backward = 0, False
+        for number, bucket in enumerate(self._buckets):
+            for i, p in enumerate(bucket.parameters):
+                hook = GradientHook(self, number, i)
+                p.register_post_accumulate_grad_hook(hook)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take a group at construction; refuse it later.
+
+        Args:
+            param_group: As in torch.
+
+        Raises:
+            ValueError: Once the optimizer is made: the slices are cut.
+        """
+        if hasattr(self, "_buckets"):
+            raise ValueError(
+                "the parameters are cut already, so a group cannot be added; make a "
+                "new ZeroOptimizer with all of them"
+            )
+        super().add_param_group(param_group)
+
+    def accumulated(self, number: int, i: int) -> None:
+        """Take the gradient of parameter i of a bucket; its hook calls this."""
+        if not self._sync:
+            return  # autograd adds it up in p.grad
+        bucket = self._buckets[number]
+        if i in bucket.ready:
+            raise RuntimeError(
+                "a parameter received its gradient twice in one backward pass, as "
+                "reentrant checkpointing does; use checkpoint(..., use_reentrant=False)"
+            )
+        if not self._in_backward:
+            self._begin_backward()
+        bucket.take(i)
+        while self._next_is_ready():
+            self._launch_next()
+
+    def _begin_backward(self) -> None:
+        if self._is_consumed:
+            raise RuntimeError(
+                "the gradients of the last step are still there and would be added to; "
+                "call zero_grad() of the optimizer (the model's does not reach them)"
+            )
+        self._in_backward = True
+        # Runs when the whole backward pass has ended.
+        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+
+    def _next_is_ready(self) -> bool:
+        # Buckets leave in one order on every rank, whatever order gradients come in.
+        if self._num_launched == len(self._buckets):
+            return False
+        bucket = self._buckets[self._num_launched]
+        return len(bucket.ready) == len(bucket.parameters)
+
+    def _launch_next(self) -> None:
+        self._buckets[self._num_launched].launch(self._deterministic)
+        self._num_launched += 1
+        if self.stage == 2 and self._num_launched > _MOST_IN_FLIGHT:
+            self._buckets[self._num_launched - 1 - _MOST_IN_FLIGHT].collect()
+
+    def _finish(self) -> None:
+        while self._num_launched < len(self._buckets):
+            self._launch_next()
+        used = self._used_by_any_rank()
+        for bucket in self._buckets:
+            bucket.collect()
+            bucket.publish([used.pop(0) for _ in bucket.parameters])
+        self._num_launched, self._in_backward = 0, False
+
+    def _used_by_any_rank(self) -> list[bool]:
+        own = [i in b.ready for b in self._buckets for i in range(len(b.parameters))]
+        device = self._buckets[0].weights.device
+        flags = torch.tensor(own, dtype=torch.uint8, device=device)
+        all_reduce_(flags, self._mesh, op="max").wait()
+        return own if all(own) else flags.bool().tolist()  # reading stalls a GPU
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Only accumulate gradients, whole ones, inside the block.
+
+        The next backward outside of it reduces the sum: fewer bytes are sent, and more
+        are stored. Without it each backward is reduced and added to the slices.
+        """
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
+        """Update this rank's slices, and fetch the others.
+
+        A bucket travels while the next one is updated.
+
+        Args:
+            closure: Computes the loss again, as in torch.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: If the last backward pass broke off.
+            ValueError: If parameters were moved, cast, replaced or unfrozen.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._require_ready()
+        before = [_options(group) for group in self.param_groups]
+        groups, works = self.inner.param_groups, []
+        try:
+            for i, bucket in enumerate(self._buckets):
+                groups[i].update(before[self._groups[i]])
+                self.inner.param_groups = [groups[i]]
+                self.inner.step()
+                works.append(bucket.gather())
+        finally:
+            self.inner.param_groups = groups
+            for work in works:
+                work.wait()
+        self._read_options()
+        self._is_consumed = True
+        return loss
+
+    def _require_ready(self) -> None:
+        if self._in_backward:
+            raise RuntimeError(
+                "the last backward pass did not end, so ranks may disagree about what "
+                "was reduced; restart from a checkpoint"
+            )
+        for bucket in self._buckets:
+            bucket.require_intact()
+        num_cut = sum(len(bucket.parameters) for bucket in self._buckets)
+        if num_cut != len(_trainable(self.param_groups)):
+            raise ValueError(
+                "a parameter was frozen or unfrozen after ZeroOptimizer was made; make "
+                "a new one after that"
+            )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, whole ones and slices.
+
+        Args:
+            set_to_none: Forget them instead of setting them to zero.
+        """
+        super().zero_grad(set_to_none)
+        for bucket in self._buckets:
+            for shard in bucket.shards:
+                if set_to_none:
+                    shard.local.grad = None
+                elif shard.local.grad is not None:
+                    shard.local.grad.zero_()
+        self._is_consumed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's slices of the state; for the same number of ranks only.
+
+        `full_optimizer_state_dict` gathers what any number of ranks can load.
+        """
+        layout = [self._mesh.size(), self._mesh.get_local_rank()]
+        return {"layout": layout, **self.inner.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned on this rank.
+
+        Args:
+            state_dict: Slices of the state.
+
+        Raises:
+            ValueError: If they were cut for another rank or number of ranks.
+        """
+        layout = [self._mesh.size(), self._mesh.get_local_rank()]
+        if state_dict.get("layout") != layout:
+            raise ValueError(
+                f"the state was cut for [ranks, rank] = {state_dict.get('layout')}, "
+                f"here they are {layout}; save full_optimizer_state_dict(optimizer)"
+            )
+        self.inner.load_state_dict(
+            {k: v for k, v in state_dict.items() if k != "layout"}
+        )
+        self._read_options()
+
+    def _read_options(self) -> None:
+        """Take over what loading or a step changed in the options of the groups."""
+        for number, inner in zip(self._groups, self.inner.param_groups, strict=True):
+            self.param_groups[number].update(_options(inner))
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in _NO_OPTIONS}
+
+
+def _trainable(groups: list[dict[str, Any]]) -> list[tuple[int, float, Tensor]]:
+    """Return (group, relative place in the group, parameter) of the trainable ones."""
+    return [
+        (number, i / len(group["params"]), p)
+        for number, group in enumerate(groups)
+        for i, p in enumerate(group["params"])
+        if p.requires_grad
+    ]
+
+
+def _require_trainable(
+    groups: list[dict[str, Any]], mesh: DeviceMesh
+) -> list[tuple[int, float, Tensor]]:
+    """Return the trainable parameters; refuse what cannot be cut, on every rank."""
+    holder = nn.Module()  # to check parameters as those of a model
+    for g, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            holder.register_parameter(f"parameter {i} of group {g}", p)
+    require_device(holder, mesh)
+    trainable = _trainable(groups)
+    num_elements = sum(p.numel() for _, _, p in trainable)
+    if num_elements < mesh.size():
+        raise ValueError(
+            f"{num_elements} trainable elements cannot be cut over {mesh.size()} "
+            "ranks; use fewer ranks or DataParallel"
+        )
+    for name, p in holder.named_parameters():
+        if p.requires_grad:
+            release(name, p)
+    require_same_model(holder, mesh)
+    return trainable
+
+
+def _buckets_in_order(
+    trainable: list[tuple[int, float, Tensor]], bucket_bytes: int
+) -> list[tuple[list[Tensor], int]]:
+    """Return (parameters, group), the buckets that backward fills first in front.
+
+    Groups are taken to be in the order of the forward pass, each by itself.
+    """
+    place = {p: at for _, at, p in trainable}
+    buckets = []
+    for number in sorted({group for group, _, _ in trainable}):
+        members = [p for group, _, p in trainable if group == number]
+        for parameters in bucket_parameters(members, bucket_bytes):
+            buckets.append((parameters, number))
+    return sorted(buckets, key=lambda b: -min(place[p] for p in b[0]))

@@ -1,0 +1,338 @@
+"""`ZeroOptimizer`: what the laws of all engines do not test."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import labpkg as lab
+from labpkg.foundations.optimizers import elementwise_defaults
+from labpkg.parallelism.zero import ZeroOptimizer
+from labpkg.processes import collectives
+from labpkg.processes.flat import shard_of
+
+TOLERANCE = 1e-12
+
+
+class Branches(nn.Module):
+    """`never` is used by nobody, `sometimes` only by samples with x[0] > 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Linear(6, 6)
+        self.sometimes = nn.Linear(6, 6)
+        self.never = nn.Linear(6, 6)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, x):
+        y = torch.tanh(self.frozen(self.trunk(x)))
+        if (x[:, 0] > 0).any():
+            y = y + self.sometimes(y) * (x[:, :1] > 0)
+        return y
+
+
+MODELS = {"mlp": lambda: lab.MLP(6, 11, 6), "branches": Branches}
+OPTIMIZERS = {
+    "sgd": (lab.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "adamw": (lab.AdamW, {"lr": 0.01}),
+    "torch adamw": (torch.optim.AdamW, {"lr": 0.01, "fused": True}),
+}
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator(device="cpu").manual_seed(1000 + step)
+    x = torch.randn(12, 6, dtype=torch.float64, generator=g, device="cpu")
+    x[:, 0] = torch.linspace(-1, 1, 12)  # the first ranks never take the branch
+    return x, torch.randn(12, 6, dtype=torch.float64, generator=g, device="cpu")
+
+
+def build(name: str = "mlp") -> nn.Module:
+    torch.manual_seed(42 + (dist.get_rank() if dist.is_initialized() else 0))
+    return MODELS[name]().double()
+
+
+def groups(model: nn.Module) -> list[dict]:
+    """Return two groups with options of their own."""
+    parameters = [*model.parameters()]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+
+
+def reference(name: str, optimizer: str, num_parts: int = 4) -> dict:
+    """Train in one process, the global batch as accumulated parts."""
+    model = build(name)
+    cls, options = OPTIMIZERS[optimizer]
+    opt = cls(groups(model), **options)
+    for step in range(5):
+        opt.param_groups[0]["lr"] = 0.01 * (step + 1)
+        x, y = batch(step)
+        for a, b in zip(x.chunk(num_parts), y.chunk(num_parts), strict=True):
+            (((model(a) - b) ** 2).mean() / num_parts).backward()
+        opt.step()
+        opt.zero_grad()
+    return {k: p.detach() for k, p in model.named_parameters()}
+
+
+def train(name, optimizer, stage, *, accumulate="", silent=False, **kwargs) -> dict:
+    mesh = lab.make_mesh(dp=dist.get_world_size())["dp"]
+    n, rank = mesh.size(), mesh.get_local_rank()
+    model = build(name)
+    cls, options = OPTIMIZERS[optimizer]
+    options |= kwargs
+    opt = ZeroOptimizer(groups(model), cls, mesh, stage=stage, **options)
+    with lab.count_comms() as log:
+        if silent:
+            with collectives.off():
+                steps(model, opt, n, rank, accumulate)
+        else:
+            steps(model, opt, n, rank, accumulate)
+    assert all(p.grad is None for p in model.parameters())
+    return {
+        "params": {k: p.detach().clone() for k, p in model.named_parameters()},
+        "reduced": log["dp", "reduce_scatter"].payload_bytes,
+        "gathered": log["dp", "all_gather"].payload_bytes,
+        "flags": log["dp", "all_reduce"].payload_bytes,
+    }
+
+
+def steps(model, opt, n, rank, accumulate) -> None:
+    for step in range(5):
+        opt.param_groups[0]["lr"] = 0.01 * (step + 1)  # as a scheduler does
+        x, y = (t.chunk(n)[rank] for t in batch(step))
+        loss = lambda part: ((model(x[part]) - y[part]) ** 2).mean()  # noqa: B023
+        if accumulate == "no_sync":
+            with opt.no_sync():
+                (loss(slice(0, len(x) // 3)) / 3).backward()
+                (loss(slice(len(x) // 3, 2 * len(x) // 3)) / 3).backward()
+            (loss(slice(2 * len(x) // 3, len(x))) / 3).backward()
+        elif accumulate == "reduce each":
+            for part in range(3):
+                rows = slice(part * len(x) // 3, (part + 1) * len(x) // 3)
+                (loss(rows) / 3).backward()
+        else:
+            loss(slice(None)).backward()
+        opt.step()
+        opt.zero_grad()
+
+
+def deviation(found: dict, want: dict) -> float:
+    return max(((found[k] - want[k]).norm() / want[k].norm()).item() for k in want)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_equal_one_process(world4, name, stage, optimizer):
+    want = reference(name, optimizer)
+    model = build(name)
+    size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    for found in world4.run(train, name, optimizer, stage, bucket_bytes=300):
+        assert deviation(found["params"], want) <= 10 * TOLERANCE
+        assert found["reduced"] == found["gathered"] == 5 * size
+        trainable = sum(p.requires_grad for p in model.parameters())
+        assert found["flags"] == 5 * trainable
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_silent_ranks_end_elsewhere(world2, stage):
+    want = reference("mlp", "adamw", 2)
+    for found in world2.run(train, "mlp", "adamw", stage, silent=True):
+        assert deviation(found["params"], want) > 1e-2
+
+
+@pytest.mark.parametrize("accumulate", ["no_sync", "reduce each"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_accumulated_gradients_are_those_of_the_whole_batch(world2, stage, accumulate):
+    want = reference("mlp", "adamw", 6)
+    size = sum(p.nbytes for p in build().parameters())
+    for found in world2.run(train, "mlp", "adamw", stage, accumulate=accumulate):
+        assert deviation(found["params"], want) <= 10 * TOLERANCE
+        times = {"no_sync": 1, "reduce each": 3}[accumulate]
+        assert found["reduced"] == times * 5 * size
+
+
+def bitwise(stage, cls):
+    mesh = lab.make_mesh(dp=4)["dp"]
+    model = build().float()
+    opt = ZeroOptimizer(
+        model.parameters(), cls, mesh, stage=stage, deterministic=True, lr=0.01
+    )
+    for step in range(5):
+        x, y = (t.float().chunk(4)[mesh.get_local_rank()] for t in batch(step))
+        (((model(x) - y) ** 2).mean()).backward()
+        opt.step()
+        opt.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("cls", [lab.SGD, lab.AdamW])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_rank_order_makes_it_bitwise_one_process(world4, stage, cls):
+    model = build().float()
+    opt = cls(model.parameters(), lr=0.01)
+    for step in range(5):
+        for x, y in zip(*(t.float().chunk(4) for t in batch(step)), strict=True):
+            (((model(x) - y) ** 2).mean() / 4).backward()
+        opt.step()
+        opt.zero_grad()
+    for found in world4.run(bitwise, stage, cls):
+        for a, b in zip(found, model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def memory(stage):
+    mesh = lab.make_mesh(dp=dist.get_world_size())["dp"]
+    model = lab.MLP(784, 128, 10)
+    opt = ZeroOptimizer(model.parameters(), torch.optim.Adam, mesh, stage=stage, lr=0.1)
+    model(torch.ones(2, 784)).sum().backward()
+    opt.step()
+    state = sum(
+        t.nbytes for s in opt.inner.state.values() for t in s.values() if t.ndim
+    )
+    gradients = sum(
+        t.nbytes
+        for b in opt._buckets
+        for t in {id(t): t for t in (b.gradient, b.slice) if t is not None}.values()
+        if t._base is None
+    )
+    return state, gradients
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_state_is_cut_evenly(world2, stage):
+    whole = 101_770 * 4
+    for state, gradients in world2.run(memory, stage):
+        assert state == whole  # two moments, half of each
+        assert gradients == {1: whole, 2: whole / 2}[stage]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_other_world_sizes(world_size):
+    size = 149  # elements
+    with lab.World(world_size, device="cpu") as world:
+        found = world.run(train, "mlp", "adamw", 2)
+        counts = world.run(owned)
+    want = reference("mlp", "adamw", world_size)
+    for rank in found:
+        assert deviation(rank["params"], want) <= 10 * TOLERANCE
+    assert sum(counts) == size
+    assert max(counts) - min(counts) <= 1
+
+
+def owned():
+    mesh = lab.make_mesh(dp=dist.get_world_size())["dp"]
+    model = build()
+    ZeroOptimizer(model.parameters(), lab.SGD, mesh, stage=1, lr=0.1)
+    return sum(shard_of(p).local.numel() for p in model.parameters())
+
+
+def refused():
+    full = lab.make_mesh(dp=2)
+    mesh, messages = full["dp"], []
+    model, other = build(), build()
+    engine = lab.DataParallel(other, mesh)
+    cuda = nn.Linear(2, 2, device="meta")
+    make = lambda p, cls=lab.SGD, on=mesh, stage=1, **o: ZeroOptimizer(
+        p, cls, on, stage=stage, **({"lr": 0.1} | o)
+    )
+    tries = [
+        lambda: make(model.parameters(), stage=3),
+        lambda: make(model.parameters(), bucket_bytes=0),
+        lambda: make(model.parameters(), on=full),
+        lambda: make(engine.parameters()),
+        lambda: make(cuda.parameters()),
+        lambda: make([nn.Parameter(torch.ones(1))]),
+        lambda: make([nn.Parameter(torch.ones(2 + dist.get_rank()))]),
+        lambda: make(model.parameters(), torch.optim.LBFGS),
+        lambda: make(model.parameters(), torch.optim.Adafactor),
+        lambda: make(model.parameters(), lr=-1),
+    ]
+    for number, attempt in enumerate(tries):
+        with lab.count_comms() as log, pytest.raises(ValueError) as info:
+            attempt()
+        messages.append(str(info.value))
+        assert log.axes == ([] if number != 6 else ["dp"])
+    return messages
+
+
+def test_bad_input_raises_on_every_rank(world2):
+    wanted = (
+        "stage 3 is fully_shard",
+        "at least one byte",
+        "takes one, such as mesh['dp']",
+        "belongs to another DataParallel already",
+        "to_empty",
+        "1 trainable elements cannot be cut over 2 ranks",
+        "holds another model",
+        "LBFGS cannot update slices",
+        "Adafactor cannot update slices",
+        "lr=-1",
+    )
+    for messages in world2.run(refused):
+        for message, part in zip(messages, wanted, strict=True):
+            assert part in message
+
+
+def refused_later():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = build("branches")
+    opt = ZeroOptimizer(model.parameters(), lab.SGD, mesh, stage=2, lr=0.1)
+    loss = lambda: model(batch(0)[0]).sum()
+    with pytest.raises(ValueError, match="make a new ZeroOptimizer"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    loss().backward()
+    opt.step()
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        loss().backward()
+    opt.zero_grad()
+    model.frozen.requires_grad_(True)
+    loss().backward()
+    with pytest.raises(ValueError, match="frozen or unfrozen"):
+        opt.step()
+    model.frozen.requires_grad_(False)
+    state = opt.state_dict()
+    opt.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"cut for \[ranks, rank\]"):
+        opt.load_state_dict(state | {"layout": [4, 0]})
+    model.trunk.weight.data = model.trunk.weight.data.clone()
+    with pytest.raises(ValueError, match="moved, cast or replaced"):
+        opt.step()
+    alive = weakref.ref(opt)
+    del opt
+    gc.collect()
+    assert alive() is None
+    with pytest.raises(RuntimeError, match="ZeroOptimizer around this model is gone"):
+        loss().backward()
+    return True
+
+
+def test_misuse_is_named(world2):
+    assert world2.run(refused_later) == [True, True]
+
+
+@pytest.mark.parametrize(
+    "cls", [lab.SGD, lab.AdamW, torch.optim.Adam, torch.optim.RAdam, torch.optim.Rprop]
+)
+def test_elementwise_optimizers_pass(cls):
+    assert elementwise_defaults(cls, {"lr": 0.1})["lr"] == 0.1
+
+
+class Normalized(lab.SGD):
+    """Scales each gradient by its norm, as LARS and LAMB do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad /= p.grad.norm()
+        return super().step(closure)
+
+
+def test_an_optimizer_that_takes_norms_is_found():
+    with pytest.raises(ValueError, match="one element depends on others"):
+        elementwise_defaults(Normalized, {"lr": 0.1})
