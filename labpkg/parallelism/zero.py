@@ -139,7 +139,16 @@ class ZeroOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def accumulated(self, number: int, i: int) -> None:
-        """Take the gradient of parameter i of a bucket; its hook calls this."""
+        """Take the gradient of a parameter; its hook calls this.
+
+        Args:
+            number: The bucket.
+            i: The parameter in the bucket.
+
+        Raises:
+            RuntimeError: If the gradient comes twice, or if the last one is still
+                there though it was used.
+        """
         if not self._sync:
             return  # autograd adds it up in p.grad
         bucket = self._buckets[number]
