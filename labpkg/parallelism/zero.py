@@ -122,6 +122,12 @@ class ZeroOptimizer(Optimizer):
                 hook = GradientHook(self, number, i)
                 p.register_post_accumulate_grad_hook(hook)
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a copy of a ZeroOptimizer would average nothing; save its "
+            "full_optimizer_state_dict, make a new one and load it"
+        )
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take a group at construction; refuse it later.
 
@@ -228,7 +234,8 @@ class ZeroOptimizer(Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: If the last backward pass broke off.
+            RuntimeError: If the last backward pass broke off, or if gradients wait to
+                be reduced.
             ValueError: If parameters were moved, cast, replaced or unfrozen.
         """
         loss = None

@@ -74,6 +74,11 @@ class ZeroBucket:
         self.ready.add(i)
         gradient = self.parameters[i].grad
         assert gradient is not None
+        if gradient.layout != torch.strided:
+            raise ValueError(
+                "a sparse gradient has no place in a bucket; build the embedding with "
+                "sparse=False"
+            )
         with torch.no_grad():
             torch.mul(gradient, 1 / self.mesh.size(), out=self.gradient_views[i])
         self.parameters[i].grad = None
@@ -125,8 +130,18 @@ class ZeroBucket:
         return all_gather_(self.weights, self.weights[self.layout.own], self.mesh)
 
     def require_intact(self) -> None:
-        """Raise if somebody gave a parameter other memory, which has no gather."""
+        """Refuse a step that would leave something out.
+
+        Raises:
+            RuntimeError: If a gradient was accumulated but never reduced.
+            ValueError: If somebody gave a parameter other memory, which has no gather.
+        """
         for p, view in zip(self.parameters, self.views, strict=True):
+            if p.grad is not None:
+                raise RuntimeError(
+                    "gradients were accumulated under no_sync and not reduced; the "
+                    "last backward before a step belongs outside of it"
+                )
             if p.data_ptr() != view.data_ptr():
                 raise ValueError(
                     "a parameter was moved, cast or replaced after ZeroOptimizer was "

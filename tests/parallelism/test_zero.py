@@ -1,5 +1,6 @@
 """`ZeroOptimizer`: what the laws of all engines do not test."""
 
+import copy
 import gc
 import weakref
 
@@ -291,6 +292,13 @@ def refused_later():
     with pytest.raises(RuntimeError, match="zero_grad"):
         loss().backward()
     opt.zero_grad()
+    with opt.no_sync():
+        loss().backward()
+    with pytest.raises(RuntimeError, match="belongs outside"):
+        opt.step()
+    opt.zero_grad()
+    with pytest.raises(TypeError, match="full_optimizer_state_dict"):
+        copy.deepcopy(opt)
     model.frozen.requires_grad_(True)
     loss().backward()
     with pytest.raises(ValueError, match="frozen or unfrozen"):
@@ -310,6 +318,19 @@ def refused_later():
     with pytest.raises(RuntimeError, match="ZeroOptimizer around this model is gone"):
         loss().backward()
     return True
+
+
+def sparse():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    table = nn.Embedding(4, 3, sparse=True)
+    opt = ZeroOptimizer(table.parameters(), lab.SGD, mesh, stage=2, lr=0.1)
+    table(torch.tensor([1])).sum().backward()
+    opt.step()
+
+
+def test_a_sparse_gradient_is_named(world2):
+    with pytest.raises(lab.RankError, match="sparse=False"):
+        world2.run(sparse)
 
 
 def test_misuse_is_named(world2):
