@@ -125,7 +125,7 @@ class ZeroOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             "a copy of a ZeroOptimizer would average nothing; save its "
-            "full_optimizer_state_dict, make a new one and load it"
+            "full_state_dict, make a new one and load it"
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -292,7 +292,7 @@ class ZeroOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's slices of the state; for the same number of ranks only.
 
-        `full_optimizer_state_dict` gathers what any number of ranks can load.
+        `full_state_dict(optimizer)` gathers what any number of ranks can load.
         """
         layout = [self._mesh.size(), self._mesh.get_local_rank()]
         return {"layout": layout, **self.inner.state_dict()}
@@ -310,7 +310,7 @@ class ZeroOptimizer(Optimizer):
         if state_dict.get("layout") != layout:
             raise ValueError(
                 f"the state was cut for [ranks, rank] = {state_dict.get('layout')}, "
-                f"here they are {layout}; save full_optimizer_state_dict(optimizer)"
+                f"here they are {layout}; save full_state_dict(optimizer)"
             )
         self.inner.load_state_dict(
             {k: v for k, v in state_dict.items() if k != "layout"}

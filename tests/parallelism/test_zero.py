@@ -297,7 +297,7 @@ def refused_later():
     with pytest.raises(RuntimeError, match="belongs outside"):
         opt.step()
     opt.zero_grad()
-    with pytest.raises(TypeError, match="full_optimizer_state_dict"):
+    with pytest.raises(TypeError, match="full_state_dict"):
         copy.deepcopy(opt)
     model.frozen.requires_grad_(True)
     loss().backward()
