@@ -5,7 +5,7 @@ after backward), `average_gradients_bucketed` (one per flat bucket: fewer latenc
 `DataParallel` (buckets leave while backward still computes: hidden latencies).
 
 Equal starts and equal averaged gradients keep the replicas equal, so parameters are
-sent once, at the start, and never again.
+sent once, at the start, and never again; `check_every` lets the engine prove it.
 
 Chapter: parallelism/data_parallel. Reference: Li et al. 2020, PyTorch Distributed,
 PVLDB 13(12):3005-3018, arXiv:2006.15704.
@@ -13,7 +13,7 @@ PVLDB 13(12):3005-3018, arXiv:2006.15704.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,12 +27,15 @@ from labpkg.processes.in_place import all_reduce_
 from labpkg.processes.replicas import (
     GradientHook,
     broadcast_state,
-    release,
+    check_replicas,
+    require_device,
     require_same_model,
+    take_parameters,
 )
 from labpkg.processes.transport import Work
 
 _BUCKET_BYTES = 25 * 2**20
+_REDUCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def average_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -111,6 +114,8 @@ def mean_weight(count: float, mesh: DeviceMesh) -> float:
 class _Bucket:
     """A flat gradient buffer: the elements of its parameters, then one flag for each.
 
+    Gradients live in it, unless they travel in another dtype than their own.
+
     # Note [used flags]
     A parameter that took no part in any rank's backward must keep `grad is None`: an
     optimizer with weight decay would move it otherwise. Each rank sets the flags of the
@@ -118,29 +123,44 @@ class _Bucket:
     without a further collective. A rank that used them all need not read the answer.
     """
 
-    def __init__(self, parameters: list[Tensor], num_ranks: int) -> None:
+    def __init__(
+        self, parameters: list[Tensor], num_ranks: int, dtype: torch.dtype | None
+    ) -> None:
         self.parameters, self.share = parameters, 1 / num_ranks
         num_elements = sum(p.numel() for p in parameters)
-        self.flat = parameters[0].new_zeros(num_elements + len(parameters))
+        size = num_elements + len(parameters)
+        self.flat = parameters[0].detach().new_zeros(size, dtype=dtype)
+        self.converts = self.flat.dtype != parameters[0].dtype
+        self.wide = torch.promote_types(self.flat.dtype, parameters[0].dtype)
         self.views = flat_views(self.flat, [p.shape for p in parameters])
         self.flags = self.flat[num_elements:]
         self.ready: set[int] = set()
         self.unused: list[int] = []
         self.work: Work | None = None
 
-    def take(self, i: int, scale: float = 1.0) -> None:
-        """Make the gradient of parameter i live in the bucket, times `scale`."""
+    def hold(self, i: int) -> None:
+        """Keep the gradient of parameter i where autograd will add to it."""
+        if not self.converts:
+            self._move(i, 1.0)
+
+    def take(self, i: int) -> None:
+        """Write this rank's share of the mean gradient of parameter i."""
+        self._move(i, self.share)
+
+    def _move(self, i: int, scale: float) -> None:
         gradient, view = self.parameters[i].grad, self.views[i]
         assert gradient is not None
         # Scaling on the way in costs nothing; a mean by gloo is one more pass.
         with torch.no_grad():
-            if gradient.data_ptr() != view.data_ptr():
-                torch.mul(gradient, scale, out=view)
+            if gradient.data_ptr() == view.data_ptr():
+                if scale != 1:
+                    view.mul_(scale)
+                return
+            torch.mul(gradient.to(self.wide), scale, out=view)
+            if not self.converts:
                 self.parameters[i].grad = view
-            elif scale != 1:
-                view.mul_(scale)
 
-    def launch(self, mesh: DeviceMesh) -> None:
+    def launch(self, mesh: DeviceMesh, *, deterministic: bool) -> None:
         """Start averaging; a parameter without a gradient counts as zero and unused."""
         late = [i for i in range(len(self.parameters)) if i not in self.ready]
         self.unused = [i for i in late if self.parameters[i].grad is None]
@@ -150,8 +170,8 @@ class _Bucket:
                 self.views[i].zero_()
                 self.flags[i] = 0
             else:  # accumulated under `no_sync`, and not used since
-                self.take(i, self.share)
-        self.work = all_reduce_(self.flat, mesh)
+                self.take(i)
+        self.work = all_reduce_(self.flat, mesh, deterministic=deterministic)
 
     def finish(self) -> None:
         """Wait, and give every parameter that some rank used its mean gradient."""
@@ -161,7 +181,12 @@ class _Bucket:
         self.ready.clear()
         for i in self.unused:
             if self.flags[i] != 0:
-                self.parameters[i].grad = self.views[i]
+                self.parameters[i].grad = self.views[i].to(self.parameters[i].dtype)
+        if self.converts:
+            with torch.no_grad():
+                for parameter, view in zip(self.parameters, self.views, strict=True):
+                    if parameter.grad is not None:
+                        parameter.grad.copy_(view)
 
 
 class DataParallel(nn.Module):
@@ -170,60 +195,85 @@ class DataParallel(nn.Module):
     Adds to `average_gradients_bucketed`: gradients live in the buckets (no copy out),
     and each bucket leaves as soon as its last gradient is ready, while backward goes on
     with earlier layers. At the end of `backward()` every gradient is the mean over the
-    ranks; a parameter that no rank used has `grad is None`. Gradients are views of the
-    buckets; `zero_grad` of either kind works. Every rank must reach at least one
-    parameter in every backward pass (add `0 * p.sum()` to a loss that may reach none).
+    ranks; a parameter that no rank used has `grad is None`. `zero_grad` of either kind
+    works. Every rank must reach at least one parameter in every backward pass (add
+    `0 * p.sum()` to a loss that may reach none).
 
     Keep the wrapper and call it: the bare module has no engine once the wrapper is
     gone, and its backward then raises.
 
     Parameters and buffers are broadcast from rank 0 of the axis at construction. The
-    keys of `state_dict` and `named_parameters` are those of the module itself. Buffers
-    are not synchronised afterwards.
+    wrapper adds nothing to the names in `state_dict`, `named_parameters` and the like.
 
     Args:
         module: The model; each rank may start from another seed.
         mesh: The data-parallel axis, such as `mesh["dp"]`.
         bucket_bytes: Size at which a bucket is closed. Small buckets start earlier,
             large ones pay fewer latencies.
+        reduce_dtype: Floating dtype in which gradients travel and are summed; by
+            default each parameter's own. bfloat16 halves the bytes of float32 and keeps
+            8 bits of precision; float16 can overflow.
+        deterministic: Sum in rank order on every backend. With a power of two ranks
+            the gradients are bitwise those of one process that accumulates the ranks'
+            shards in order, each loss divided by the number of ranks.
+        broadcast_buffers: Overwrite buffers, such as running statistics, with those of
+            rank 0 before the first training forward of a step; an averaging backward
+            ends a step.
+        check_every: Compare parameters over the ranks (`check_replicas`) before steps
+            0, k, 2 k, ..., or never with 0.
 
     Raises:
         ValueError: If no parameter needs a gradient, if a parameter is sparse or has an
-            engine already, if parameters lie on several devices, if `bucket_bytes` is
-            below 1, if the mesh has several axes, or if the ranks' models differ.
+            engine already, if the model is not on one device of the mesh's kind, if an
+            option is out of range, if the mesh has several axes, or if models differ.
 
-    Communication: `data_parallel_bytes(module)` are all-reduced per optimizer step: 2
-    (n - 1) / n of them per rank. With `no_sync` accumulation too.
+    Communication: `data_parallel_bytes(module)` are all-reduced per optimizer step, 2
+    (n - 1) / n of them per rank, with `no_sync` too. Buffers are broadcast once.
     """
 
     def __init__(
-        self, module: nn.Module, mesh: DeviceMesh, *, bucket_bytes: int = _BUCKET_BYTES
+        self,
+        module: nn.Module,
+        mesh: DeviceMesh,
+        *,
+        bucket_bytes: int = _BUCKET_BYTES,
+        reduce_dtype: torch.dtype | None = None,
+        deterministic: bool = False,
+        broadcast_buffers: bool = True,
+        check_every: int = 0,
     ) -> None:
         super().__init__()
         if bucket_bytes < 1:
             raise ValueError(f"bucket_bytes={bucket_bytes} is below 1; choose a size")
-        parameters = _parameters_to_average(module)
+        if check_every < 0:
+            raise ValueError(f"check_every={check_every} is below 0; 0 means never")
+        require_device(module, mesh)
+        parameters = take_parameters(module)
+        _check_reduce_dtype(reduce_dtype, parameters)
         self.module, self._mesh = module, mesh
         self._known = {id(p) for p in parameters}
         require_same_model(module, mesh)
         broadcast_state((*module.parameters(), *module.buffers()), mesh)
         self._buckets = [
-            _Bucket(group, mesh.size())
+            _Bucket(group, mesh.size(), reduce_dtype)
             for group in bucket_parameters(parameters, bucket_bytes)
         ]
-        self._sync = True
-        self._num_launched = 0
-        self._in_backward = False
+        self._deterministic, self._check_every = deterministic, check_every
+        self._broadcast_buffers = broadcast_buffers
+        self._sync, self._in_backward, self._step_begins = True, False, True
+        self._num_launched = self._num_steps = 0
         for number, bucket in enumerate(self._buckets):
             for i, parameter in enumerate(bucket.parameters):
                 hook = GradientHook(self, number, i)
                 parameter.register_post_accumulate_grad_hook(hook)
+        self.register_load_state_dict_pre_hook(_expect_no_prefix)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module.
 
         Raises:
-            RuntimeError: If the last backward pass broke off between two buckets.
+            RuntimeError: If the last backward pass broke off between two buckets, or if
+                `check_every` finds replicas that differ.
             ValueError: If a parameter needs a gradient that did not at construction.
         """
         if self._in_backward:
@@ -237,7 +287,17 @@ class DataParallel(nn.Module):
                     f"{name} was unfrozen, added or replaced after DataParallel was "
                     "made, so its gradient would not be averaged; wrap the model last"
                 )
+        # Not before every forward: a backward may still need buffers as they are.
+        if self._step_begins and self.module.training and torch.is_grad_enabled():
+            self._begin_step()
         return self.module(*args, **kwargs)
+
+    def _begin_step(self) -> None:
+        self._step_begins = False
+        if self._broadcast_buffers:
+            broadcast_state(self.module.buffers(), self._mesh)
+        if self._check_every and self._num_steps % self._check_every == 0:
+            check_replicas(self.module, self._mesh, buffers=False)
 
     def __deepcopy__(self, memo: dict) -> DataParallel:
         raise TypeError(
@@ -249,10 +309,10 @@ class DataParallel(nn.Module):
         """Take the gradient of parameter i of a bucket; its hook calls this."""
         bucket = self._buckets[number]
         if not self._sync:
-            bucket.take(i)
+            bucket.hold(i)
             return
         self._mark_ready(bucket, i)
-        bucket.take(i, bucket.share)
+        bucket.take(i)
         while self._next_is_ready():
             self._launch_next()
 
@@ -276,7 +336,8 @@ class DataParallel(nn.Module):
         return len(bucket.ready) == len(bucket.parameters)
 
     def _launch_next(self) -> None:
-        self._buckets[self._num_launched].launch(self._mesh)
+        bucket = self._buckets[self._num_launched]
+        bucket.launch(self._mesh, deterministic=self._deterministic)
         self._num_launched += 1
 
     def _finish(self) -> None:
@@ -285,6 +346,7 @@ class DataParallel(nn.Module):
         for bucket in self._buckets:
             bucket.finish()
         self._num_launched, self._in_backward = 0, False
+        self._num_steps, self._step_begins = self._num_steps + 1, True
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -306,35 +368,33 @@ class DataParallel(nn.Module):
         """Load the module's own state_dict; `assign=True` is found by `forward`."""
         return self.module.load_state_dict(*args, **kwargs)
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator:
-        """Yield the module's own names and parameters."""
-        return self.module.named_parameters(*args, **kwargs)
+    def named_modules(
+        self,
+        memo: set[nn.Module] | None = None,
+        prefix: str = "",
+        remove_duplicate: bool = True,
+    ) -> Generator:
+        """Yield the wrapper and the module, both under the wrapper's name."""
+        memo = set() if memo is None else memo
+        if self not in memo:
+            if remove_duplicate:
+                memo.add(self)
+            yield prefix, self
+            yield from self.module.named_modules(memo, prefix, remove_duplicate)
 
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator:
-        """Yield the module's own names and buffers."""
-        return self.module.named_buffers(*args, **kwargs)
+
+def _expect_no_prefix(
+    engine: nn.Module, state: dict[str, Any], prefix: str, *_: object
+) -> None:
+    """Let a module around the wrapper load what its `state_dict` returned."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f"{prefix}module.{key.removeprefix(prefix)}"] = state.pop(key)
 
 
-def _parameters_to_average(module: nn.Module) -> list[Tensor]:
-    """Return the parameters that need a gradient; refuse what cannot be averaged."""
-    named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    if not named:
+def _check_reduce_dtype(dtype: torch.dtype | None, parameters: list[Tensor]) -> None:
+    is_complex = any(p.is_complex() for p in parameters)
+    if dtype is not None and (is_complex or dtype not in _REDUCE_DTYPES):
         raise ValueError(
-            "the model has no parameter that needs a gradient; data parallelism has "
-            "nothing to average: use the model as it is"
+            f"reduce_dtype={dtype} cannot carry {'complex ' * is_complex}gradients; "
+            f"leave it out{'' if is_complex else ' or choose torch.bfloat16'}"
         )
-    devices = {str(p.device) for p in named.values()}
-    if len(devices) > 1:
-        raise ValueError(
-            f"the parameters lie on {', '.join(sorted(devices))}; a replica needs one "
-            "device: move the model there first"
-        )
-    for name, layer in module.named_modules():
-        if getattr(layer, "sparse", False):
-            raise ValueError(
-                f"{name} makes sparse gradients, which have no place in a bucket; "
-                "build it with sparse=False"
-            )
-    for name, parameter in named.items():
-        release(name, parameter)
-    return list(named.values())

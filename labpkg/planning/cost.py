@@ -45,6 +45,7 @@ class _Parameter(Protocol):
 
 class _Model(Protocol):
     def parameters(self) -> Iterable[_Parameter]: ...
+    def buffers(self) -> Iterable[_Parameter]: ...
 
 
 def wire_bytes(op: str, payload_bytes: float, n: int) -> float:
@@ -83,25 +84,39 @@ def wire_bytes(op: str, payload_bytes: float, n: int) -> float:
     return _SENT_PER_PAYLOAD_BYTE[op](n) * payload_bytes if n > 1 else 0.0
 
 
-def data_parallel_bytes(model: _Model) -> int:
-    """Return the payload bytes that `labpkg.DataParallel` all-reduces per step.
+def data_parallel_bytes(
+    model: _Model, *, itemsize: int | None = None, buffers: bool = False
+) -> int:
+    """Return the payload bytes that `labpkg.DataParallel` communicates per step.
 
     Each gradient travels once, and with each parameter one more element: the flag that
     tells whether any rank used it. So the sum is itemsize x (elements + parameters),
-    over the parameters that require a gradient.
+    over the parameters that require a gradient. The forward pass broadcasts buffers.
 
     Args:
         model: anything with `.parameters()` (a tied parameter must come once, as
-            `torch.nn.Module` does it).
+            `torch.nn.Module` does it) and, if they count, `.buffers()`.
+        itemsize: bytes of a number on its way, such as 2 with
+            `reduce_dtype=torch.bfloat16`; by default as in the parameter.
+        buffers: also count the broadcast of buffers, which a model without running
+            statistics can leave out (`broadcast_buffers=False`).
 
     Returns:
-        Payload bytes; `wire_bytes("all_reduce", ..., n)` turns them into sent bytes.
+        Payload bytes: those of the all_reduce of backward, which
+        `wire_bytes("all_reduce", ..., n)` turns into sent bytes, and of the broadcast.
+
+    Raises:
+        ValueError: for an `itemsize` below 1.
     """
-    return sum(
-        parameter.element_size() * (parameter.numel() + 1)
+    if itemsize is not None and itemsize < 1:
+        raise ValueError(f"itemsize={itemsize} is below 1; 2 is that of bfloat16")
+    reduced = sum(
+        (itemsize or parameter.element_size()) * (parameter.numel() + 1)
         for parameter in model.parameters()
         if parameter.requires_grad
     )
+    sent = model.buffers() if buffers else ()
+    return reduced + sum(b.element_size() * b.numel() for b in sent)
 
 
 def model_state_bytes(

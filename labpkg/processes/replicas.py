@@ -2,23 +2,33 @@
 
 Data parallelism rests on equal starts. `require_same_model` and `broadcast_state` make
 them; `GradientHook` and `release` see to it that a parameter has one engine at a time.
+`check_replicas` proves that replicas are still equal, bit by bit. `average_parameters`
+makes replicas equal again that were trained apart on purpose.
 
-Chapter: parallelism/data_parallel. Reference: Li et al. 2020, PVLDB 13(12):3005-3018,
-arXiv:2006.15704.
+Chapter: parallelism/data_parallel. References: Li et al. 2020, PVLDB 13(12):3005-3018,
+arXiv:2006.15704; Stich 2019, Local SGD Converges Fast and Communicates Little,
+arXiv:1805.09767; Steele, Lea and Flood 2014, Fast Splittable Pseudorandom Number
+Generators, doi:10.1145/2660193.2660195.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from labpkg.processes.in_place import broadcast_
+from labpkg.processes.flat import bucket_parameters, flat_views
+from labpkg.processes.in_place import all_reduce_, broadcast_
 from labpkg.processes.messages import all_gather_object
+from labpkg.processes.traffic import axis_of
+
+_BUCKET_BYTES = 25 * 2**20
+_CHUNK_BYTES = 2**22  # a multiple of 8; small enough to stay in the cache
 
 
 class _Engine(Protocol):
@@ -73,6 +83,66 @@ def release(name: str, parameter: Tensor) -> None:
             del hooks[key]
 
 
+def take_parameters(module: nn.Module) -> list[Tensor]:
+    """Return the parameters that need a gradient, free for one engine to average.
+
+    Args:
+        module: The replica of this rank.
+
+    Raises:
+        ValueError: If there are none, if a layer makes sparse gradients, or if an
+            engine has one already.
+    """
+    named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError(
+            "the model has no parameter that needs a gradient; data parallelism has "
+            "nothing to average: use the model as it is"
+        )
+    for name, layer in module.named_modules():
+        if getattr(layer, "sparse", False):
+            raise ValueError(
+                f"{name} makes sparse gradients, which have no place in a bucket; "
+                "build it with sparse=False"
+            )
+    for name, parameter in named.items():
+        release(name, parameter)
+    return list(named.values())
+
+
+def require_device(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Refuse a model that lies elsewhere than the mesh; nothing is communicated.
+
+    Args:
+        module: The replica of this rank.
+        mesh: The axis, such as `mesh["dp"]`.
+
+    Raises:
+        ValueError: If the mesh has several axes, if a parameter or buffer is not on its
+            kind of device, or if they lie on several.
+    """
+    axis_of(mesh)
+    first = None
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.device.type != mesh.device_type:
+            raise ValueError(
+                f"{name} lies on {tensor.device}, but the mesh is one of "
+                f"{mesh.device_type}; {_way_to(mesh.device_type, tensor)}"
+            )
+        first = first or (name, tensor.device)
+        if tensor.device != first[1]:
+            raise ValueError(
+                f"{first[0]} lies on {first[1]} and {name} on {tensor.device}; a "
+                "replica needs one device: move the model there first"
+            )
+
+
+def _way_to(device: str, tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return f"give the model memory first: model.to_empty(device={device!r})"
+    return f"move the model first: model.to({device!r})"
+
+
 def require_same_model(module: nn.Module, mesh: DeviceMesh) -> None:
     """Raise on every rank if the models differ in names, shapes or dtypes.
 
@@ -106,11 +176,131 @@ def broadcast_state(tensors: Iterable[Tensor], mesh: DeviceMesh) -> None:
         tensors: The same on every rank, but for their values.
         mesh: The axis.
 
-    Communication: one broadcast for each tensor.
+    Communication: one broadcast per 25 MiB and dtype.
     """
     with torch.no_grad():
-        for tensor in tensors:
-            whole = tensor.detach().contiguous()
-            broadcast_(whole, mesh).wait()
-            if whole.data_ptr() != tensor.data_ptr():
-                tensor.copy_(whole)
+        for bucket in bucket_parameters(tensors, _BUCKET_BYTES):
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
+            broadcast_(flat, mesh).wait()
+            _write_back(bucket, flat)
+
+
+def average_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Replace parameters by their mean over the ranks: the meeting of local SGD.
+
+    Ranks that train the bare model for H steps, each on its own shard, and then meet
+    here send 1 / H of the bytes of data parallelism. With H = 1 and plain SGD it is the
+    same as averaging gradients; with momentum, Adam or H > 1 it is another algorithm.
+
+    Parameters that need a gradient are averaged, and so are floating buffers: running
+    statistics that each rank took on its own data. Integer and boolean buffers, such as
+    counters, become those of rank 0. Frozen parameters are left alone, and so is the
+    state of an optimizer. Half precision is summed in float32.
+
+    Args:
+        model: The replica of this rank, with the same names and shapes on every rank.
+        mesh: The data-parallel axis.
+
+    Raises:
+        ValueError: If the mesh has several axes or the model lies on another device.
+
+    Communication: an all_reduce of 2 (n - 1) / n of the bytes of parameters and
+    buffers, 25 MiB at a time; integer buffers are broadcast.
+
+    Reference: Stich 2019, arXiv:1805.09767.
+    """
+    require_device(model, mesh)
+    buffers = list(model.buffers())
+    moving = [p for p in model.parameters() if p.requires_grad]
+    moving += [b for b in buffers if b.is_floating_point() or b.is_complex()]
+    with torch.no_grad():
+        for bucket in bucket_parameters(moving, _BUCKET_BYTES):
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
+            flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+            all_reduce_(flat, mesh, op="mean").wait()
+            _write_back(bucket, flat)
+    counters = [b for b in buffers if not (b.is_floating_point() or b.is_complex())]
+    broadcast_state(counters, mesh)
+
+
+def _write_back(tensors: list[Tensor], flat: Tensor) -> None:
+    views = flat_views(flat, [tensor.shape for tensor in tensors])
+    for tensor, view in zip(tensors, views, strict=True):
+        tensor.copy_(view)
+
+
+def check_replicas(model: nn.Module, mesh: DeviceMesh, *, buffers: bool = True) -> None:
+    """Raise on every rank unless all replicas are equal, bit by bit.
+
+    Each rank makes a 64-bit fingerprint of every tensor, on its device; one changed bit
+    is sure to change it. Equal NaNs are equal; 0.0 and -0.0 are not. The ranks outside
+    the majority are named; where there is none, as between two ranks, all are.
+
+    Args:
+        model: The replica of this rank.
+        mesh: The data-parallel axis.
+        buffers: Also compare buffers. Those that a forward pass changes, such as
+            running statistics, differ by rank until they are next broadcast.
+
+    Raises:
+        RuntimeError: With each differing rank and its first differing tensor.
+        ValueError: If the mesh has several axes.
+
+    Communication: all_gather of about 100 bytes per tensor.
+    """
+    tensors = [*model.named_parameters(), *(model.named_buffers() if buffers else ())]
+    mine = {
+        name: (_fingerprint(t), str(t.dtype), tuple(t.shape)) for name, t in tensors
+    }
+    replicas = all_gather_object(mine, mesh)
+    strays: dict[int, str] = {}
+    names = list(dict.fromkeys(name for replica in replicas for name in replica))
+    num_differing = 0
+    for name in names:
+        ranks = _minority([replica.get(name) for replica in replicas])
+        num_differing += bool(ranks)
+        for rank in ranks:
+            strays.setdefault(rank, name)
+    if strays:
+        found = ", ".join(f"rank {rank} in {strays[rank]}" for rank in sorted(strays))
+        raise RuntimeError(
+            f"the replicas have drifted apart: {found} first ({num_differing} of "
+            f"{len(names)} tensors differ between the {len(replicas)} ranks); look for "
+            "steps or random numbers that differ by rank, or changes outside of "
+            "training, and restart from a checkpoint"
+        )
+
+
+def _minority(values: list[Hashable]) -> list[int]:
+    """Return the ranks that differ from the most common value; all if there is none."""
+    counts = Counter(values).most_common()
+    if len(counts) == 1:
+        return []
+    (usual, most), (_, second) = counts[:2]
+    return [r for r, value in enumerate(values) if most == second or value != usual]
+
+
+def _fingerprint(tensor: Tensor) -> int:
+    """Return 64 bits of a tensor's bits: a sum of mixed words (SplitMix64).
+
+    Sums of integers have no order, so a GPU gives what a CPU gives.
+    """
+    data = tensor.detach().reshape(-1).view(torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for start in range(0, len(data), _CHUNK_BYTES):
+        part = data[start : start + _CHUNK_BYTES]
+        words = part.new_zeros(-(-len(part) // 8) * 8)
+        words[: len(part)] = part
+        words = words.view(torch.int64)
+        place = torch.arange(len(words), device=data.device) + (start // 8 + 1)
+        # The odd factors, as signed numbers, and shifts are those of SplitMix64.
+        words += place * -0x61C8864680B583EB
+        for shift, factor in (
+            (30, -0x40A7B892E31B1A47),
+            (27, -0x6B2FB644ECCEEE15),
+            (31, 1),
+        ):
+            words ^= (words >> shift) & ((1 << 64 - shift) - 1)  # no sign bits
+            words *= factor
+        total += words.sum()
+    return int(total)

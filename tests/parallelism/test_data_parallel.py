@@ -12,7 +12,7 @@ from torch import nn
 
 import labpkg as lab
 from labpkg.parallelism.data_parallel import average_gradients_bucketed
-from labpkg.processes import collectives
+from labpkg.processes import collectives, transport
 
 TOLERANCE = 1e-12
 
@@ -149,7 +149,7 @@ def train(name, optimizer, *, silent=False, micro=1, bucket_bytes=200, steps=5):
         "grads": first,
         "params": model.state_dict(),
         "bytes": log["dp"].payload_bytes,
-        "formula": lab.data_parallel_bytes(model),
+        "formula": lab.data_parallel_bytes(model, buffers=True),
     }
 
 
@@ -229,9 +229,9 @@ def test_several_synchronised_backwards_add_up(world2):
         assert deviation(grads, want) <= TOLERANCE
 
 
-def used_only_in_the_first_micro_batch():
+def used_only_in_the_first_micro_batch(reduce_dtype):
     mesh = lab.make_mesh(dp=2)["dp"]
-    model = lab.DataParallel(build("branches"), mesh)
+    model = lab.DataParallel(build("branches"), mesh, reduce_dtype=reduce_dtype)
     x = torch.full((1, 6), mesh.get_local_rank() + 1.0, dtype=torch.float64)
     with model.no_sync():
         model(x).sum().backward()  # x[0] > 0 takes the branch
@@ -239,13 +239,18 @@ def used_only_in_the_first_micro_batch():
     return {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
 
 
-def test_a_gradient_from_an_earlier_micro_batch_is_averaged(world2):
+@pytest.mark.parametrize(
+    ("reduce_dtype", "tolerance"), [(None, TOLERANCE), (torch.float32, 1e-6)]
+)
+def test_a_gradient_from_an_earlier_micro_batch_is_averaged(
+    world2, reduce_dtype, tolerance
+):
     model = build("branches")
     for value in (1.0, -1.0, 2.0, -2.0):
         model(torch.full((1, 6), value, dtype=torch.float64)).sum().backward()
     grads = {k: p.grad / 2 for k, p in model.named_parameters() if p.grad is not None}
-    for found in world2.run(used_only_in_the_first_micro_batch):
-        assert deviation(found, grads) <= TOLERANCE
+    for found in world2.run(used_only_in_the_first_micro_batch, reduce_dtype):
+        assert deviation(found, grads) <= tolerance
 
 
 def manual(average):
@@ -304,8 +309,24 @@ def bad_models():
         lab.DataParallel(nn.Linear(2, 2), mesh)
     with pytest.raises(ValueError, match="no parameter that needs a gradient"):
         lab.DataParallel(nn.ReLU(), mesh["dp"])
-    with pytest.raises(ValueError, match="bucket_bytes=0"):
-        lab.DataParallel(nn.Linear(2, 2), mesh["dp"], bucket_bytes=0)
+    for option, value in (
+        ("bucket_bytes", 0),
+        ("check_every", -1),
+        ("reduce_dtype", torch.int32),
+    ):
+        with lab.count_comms() as log, pytest.raises(ValueError, match=f"{option}="):
+            lab.DataParallel(nn.Linear(2, 2), mesh["dp"], **{option: value})
+        assert log["dp"].calls == 0
+    elsewhere = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with (
+        lab.count_comms() as log,
+        pytest.raises(ValueError, match=r"1\.weight lies on meta.*to_empty"),
+    ):
+        lab.DataParallel(elsewhere, mesh["dp"])
+    assert log["dp"].calls == 0
+    complex_model = nn.Linear(2, 2, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="complex gradients"):
+        lab.DataParallel(complex_model, mesh["dp"], reduce_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"rank \d of the axis holds another"):
         lab.DataParallel(nn.Linear(2, 2 + dist.get_rank()), mesh["dp"])
     return True
@@ -384,25 +405,36 @@ def test_gradients_that_come_twice_are_refused(world2):
     assert world2.run(reentrant) == [True, True]
 
 
+def mixed_model(rank):
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).bfloat16())
+    return model.append(nn.Linear(3, 3).double())
+
+
+def mixed_loss(model, rank):
+    first, second, third = model
+    y = first(torch.full((1, 3), 1.0 + rank))
+    return third(second(y.bfloat16()).double()).square().sum()
+
+
 def mixed_dtypes():
     mesh = lab.make_mesh(dp=2)["dp"]
-    torch.manual_seed(dist.get_rank())
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).bfloat16())
-    model = lab.DataParallel(model, mesh)
-    first, second = model.module
+    model = lab.DataParallel(mixed_model(dist.get_rank()), mesh)
     with lab.count_comms() as log:
-        second(first(torch.ones(1, 3)).bfloat16()).float().sum().backward()
-    return log["dp"].payload_bytes == lab.data_parallel_bytes(model), [
-        p.grad.float() for p in model.parameters()
-    ]
+        mixed_loss(model.module, dist.get_rank()).backward()
+    assert log["dp"].payload_bytes == lab.data_parallel_bytes(model)
+    assert log["dp"].calls == 3
+    return [p.grad for p in model.parameters()]
 
 
 def test_mixed_dtypes_get_buckets_of_their_own(world2):
-    (counted0, grads0), (counted1, grads1) = world2.run(mixed_dtypes)
-    assert counted0
-    assert counted1
-    for a, b in zip(grads0, grads1, strict=True):
-        assert torch.equal(a, b)
+    model = mixed_model(0)
+    for rank in range(2):
+        (mixed_loss(model, rank) / 2).backward()
+    for grads in world2.run(mixed_dtypes):
+        for grad, parameter in zip(grads, model.parameters(), strict=True):
+            assert grad.dtype == parameter.dtype
+            assert torch.equal(grad, parameter.grad)
 
 
 def refused_after_wrapping():
@@ -424,9 +456,6 @@ def refused_after_wrapping():
         model(x)
     with pytest.raises(ValueError, match="sparse=False"):
         lab.DataParallel(nn.Embedding(4, 2, sparse=True), mesh)
-    two = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
-    with pytest.raises(ValueError, match="lie on cpu, meta"):
-        lab.DataParallel(two, mesh)
     return True
 
 
@@ -472,3 +501,278 @@ def test_complex_parameters_are_averaged_too(world2):
     for used, unused in world2.run(complex_and_unused):
         assert torch.allclose(used, torch.full((2,), 1.5 + 0j))
         assert unused is None
+
+
+def weighted_by_tokens():
+    mesh = lab.make_mesh(dp=4)["dp"]
+    model = lab.DataParallel(build("mlp"), mesh)
+    x, labels = token_batch()
+    x, labels = (t.chunk(4)[mesh.get_local_rank()] for t in (x, labels))
+    count = int((labels != -100).sum())
+    (lab.cross_entropy(model(x), labels) * lab.mean_weight(count, mesh)).backward()
+    return {k: p.grad for k, p in model.named_parameters()}
+
+
+def token_batch():
+    labels = torch.arange(12) % 6
+    labels[[0, 1, 2, 4, 11]] = -100  # rank 0 counts nothing, the others 2, 3, 2
+    return global_batch(0)[0], labels
+
+
+def test_losses_are_weighted_by_tokens(world4):
+    model, (x, labels) = build("mlp"), token_batch()
+    lab.cross_entropy(model(x), labels).backward()
+    want = {k: p.grad for k, p in model.named_parameters()}
+    for grads in world4.run(weighted_by_tokens):
+        assert deviation(grads, want) <= TOLERANCE
+
+
+def accumulate_in_one_process(optimizer, steps=5):
+    model = build("mlp").float()
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    for step in range(steps):
+        opt.zero_grad()
+        for x, y in zip(*(t.float().chunk(4) for t in global_batch(step)), strict=True):
+            (((model(x) - y) ** 2).mean() / 4).backward()
+        opt.step()
+    return model.state_dict()
+
+
+def train_in_rank_order(optimizer, *, deterministic=True, messages=True, steps=5):
+    mesh = lab.make_mesh(dp=4)["dp"]
+    if messages:
+        transport.use_messages(mesh.get_group())
+    model = lab.DataParallel(
+        build("mlp").float(), mesh, bucket_bytes=200, deterministic=deterministic
+    )
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    for step in range(steps):
+        x, y = (t.float().chunk(4)[mesh.get_local_rank()] for t in global_batch(step))
+        opt.zero_grad()
+        ((model(x) - y) ** 2).mean().backward()
+        opt.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("messages", [True, False])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_rank_order_is_bitwise_one_process(world4, optimizer, messages):
+    want = accumulate_in_one_process(optimizer)
+    for found in world4.run(train_in_rank_order, optimizer, messages=messages):
+        assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_a_ring_is_not_in_rank_order(world4):
+    want = accumulate_in_one_process("sgd")
+    found = world4.run(train_in_rank_order, "sgd", deterministic=False)[0]
+    assert not all(torch.equal(found[name], want[name]) for name in want)
+
+
+def in_half(dtype, reduce_dtype, micro):
+    mesh = lab.make_mesh(dp=dist.get_world_size())["dp"]
+    model = build("branches").to(dtype)
+    model = lab.DataParallel(model, mesh, bucket_bytes=200, reduce_dtype=reduce_dtype)
+    x = global_batch(0)[0].to(dtype).chunk(mesh.size())[mesh.get_local_rank()]
+    results = []
+    for _ in range(2):  # the second pass meets what the first has left
+        model.zero_grad()
+        with lab.count_comms() as log:
+            for i in range(micro):
+                with model.no_sync() if i < micro - 1 else nullcontext():
+                    (model(x).square().sum() / micro).backward()
+        size = reduce_dtype.itemsize
+        want = lab.data_parallel_bytes(model, itemsize=size)
+        assert log["dp"].payload_bytes == want
+        results.append({k: p.grad for k, p in model.named_parameters()})
+    assert all(g is None or g.dtype == dtype for g in results[1].values())
+    return results[1]
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "reduce_dtype", "tolerance"),
+    [
+        (torch.float64, torch.bfloat16, 2**-7),
+        (torch.float64, torch.float32, 1e-6),
+        (torch.float32, torch.float64, 1e-6),
+    ],
+)
+def test_gradients_travel_in_another_dtype(
+    world4, dtype, reduce_dtype, tolerance, micro
+):
+    model = build("branches")
+    for x in global_batch(0)[0].chunk(4):
+        (model(x).square().sum() / 4).backward()
+    want = {k: p.grad for k, p in model.named_parameters()}
+    assert want["never.weight"] is None
+    for grads in world4.run(in_half, dtype, reduce_dtype, micro):
+        assert deviation(grads, want) <= tolerance
+        if reduce_dtype == torch.bfloat16:  # it did travel so
+            assert deviation(grads, want) > 1e-5
+            for g in grads.values():
+                assert g is None or torch.equal(g, g.bfloat16().to(dtype))
+
+
+def test_one_rank_takes_the_same_lines():
+    with lab.World(1, device="cpu") as world:
+        (grads,) = world.run(in_half, torch.float64, torch.float32, 2)
+    model = build("branches")
+    model(global_batch(0)[0]).square().sum().backward()
+    want = {k: p.grad for k, p in model.named_parameters()}
+    assert deviation(grads, want) <= 1e-6
+
+
+def norm_model():
+    return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 6)).double()
+
+
+def train_norm(broadcast_buffers):
+    mesh = lab.make_mesh(dp=2)["dp"]
+    torch.manual_seed(dist.get_rank())
+    model = lab.DataParallel(
+        norm_model(), mesh, broadcast_buffers=broadcast_buffers, bucket_bytes=2**10
+    )
+    opt = lab.SGD(model.parameters(), lr=0.1)
+    seen, counts = [], []
+    for step in range(3):
+        x, y = (t.chunk(2)[mesh.get_local_rank()] for t in global_batch(step))
+        opt.zero_grad()
+        with lab.count_comms() as log:
+            with model.no_sync():
+                ((model(x[:3]) - y[:3]) ** 2).mean().backward()
+            ((model(x[3:]) - y[3:]) ** 2).mean().backward()
+        counts.append((log["dp", "broadcast"].calls, log["dp"].payload_bytes))
+        seen.append({n: b.clone() for n, b in model.named_buffers()})
+        opt.step()
+    model.eval()
+    with lab.count_comms() as log:
+        model(x)
+        model.train()
+        with torch.no_grad():
+            model(x)
+    assert log["dp"].calls == 0  # evaluation may run on one rank alone
+    formula = lab.data_parallel_bytes(model, buffers=broadcast_buffers)
+    assert counts == [(2 if broadcast_buffers else 0, formula)] * 3
+    return seen
+
+
+def test_buffers_follow_rank_0(world2):
+    first, second = world2.run(train_norm, True)
+    alone, other = world2.run(train_norm, False)
+    for step in range(3):
+        # Rank 0 is never overwritten, so it sees what it would have seen alone.
+        for name, value in first[step].items():
+            assert torch.equal(value, alone[step][name])
+    # The others forget before each step how they differed: two forwards of a step keep
+    # 0.9 ** 2 of it.
+    past, now = (other[i]["1.running_mean"] for i in (1, 2))
+    forgotten = 0.81 * (past - alone[1]["1.running_mean"])
+    assert forgotten.abs().max() > 1e-3
+    assert torch.allclose(second[2]["1.running_mean"], now - forgotten)
+
+
+def two_forwards_before_backward():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = lab.DataParallel(build("conv"), mesh)
+    x = global_batch(0)[0].chunk(2)[mesh.get_local_rank()]
+    (model(x).sum() + model(2 * x).sum()).backward()  # "scale" is saved for backward
+    return {k: p.grad for k, p in model.named_parameters()}
+
+
+def test_buffers_stay_as_they_are_until_backward(world2):
+    model = build("conv")
+    x = global_batch(0)[0]
+    ((model(x).sum() + model(2 * x).sum()) / 2).backward()
+    want = {k: p.grad for k, p in model.named_parameters()}
+    for grads in world2.run(two_forwards_before_backward):
+        assert deviation(grads, want) <= TOLERANCE
+
+
+def flip(parameter, place):
+    """Flip the lowest bit of one number."""
+    with torch.no_grad():
+        parameter.view(-1).view(torch.int64)[place] ^= 1
+
+
+def drift(every):
+    mesh = lab.make_mesh(dp=4)["dp"]
+    model = lab.DataParallel(build("tied"), mesh, check_every=every)
+    opt = OPTIMIZERS["adamw"](model.parameters())
+    x = global_batch(0)[0].chunk(4)[mesh.get_local_rank()]
+    for step in range(10):
+        try:
+            loss = model(x).square().sum()
+        except RuntimeError as error:
+            return step, str(error)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        if step == 3 and mesh.get_local_rank() == 2:
+            flip(model.module.body.weight, 17)
+    return None
+
+
+@pytest.mark.parametrize(("every", "found"), [(1, 4), (3, 6)])
+def test_a_flipped_bit_is_named_at_the_next_check(world4, every, found):
+    for step, message in world4.run(drift, every):
+        assert step == found
+        assert "rank 2 in body.weight first (1 of 3 tensors" in message
+        assert "rank 0" not in message
+
+
+def test_without_a_check_it_goes_unnoticed(world4):
+    assert world4.run(drift, 0) == [None] * 4
+
+
+def statistics_that_differ():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = lab.DataParallel(norm_model(), mesh, check_every=1, broadcast_buffers=False)
+    x = global_batch(0)[0].chunk(2)[mesh.get_local_rank()]
+    for _ in range(2):
+        model(x).sum().backward()
+    return model.module[1].running_mean
+
+
+def test_the_guard_lets_statistics_differ(world2):
+    first, second = world2.run(statistics_that_differ)
+    assert not torch.equal(first, second)
+
+
+class Outer(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.model = inner
+        self.head = nn.Linear(6, 2).double()
+
+
+def nested():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    plain = Outer(nn.Sequential(build("conv"), nn.BatchNorm1d(6).double()))
+    outer = Outer(
+        lab.DataParallel(nn.Sequential(build("conv"), nn.BatchNorm1d(6).double()), mesh)
+    )
+    assert list(outer.state_dict()) == list(plain.state_dict())
+    for names in ("named_parameters", "named_buffers"):
+        got, want = (
+            [name for name, _ in getattr(module, names)()] for module in (outer, plain)
+        )
+        assert got == want
+    with torch.no_grad():
+        for tensor in plain.state_dict().values():
+            tensor += 1
+    outer.load_state_dict(plain.state_dict())
+    for name, tensor in outer.state_dict().items():
+        assert torch.equal(tensor, plain.state_dict()[name])
+    state = plain.state_dict()
+    del state["model.0.scale"]
+    state["model.0.other"] = torch.ones(1)
+    with pytest.raises(RuntimeError, match=r"Missing.*scale(?s:.*)Unexpected.*other"):
+        outer.load_state_dict(state)
+    outer.load_state_dict({**plain.state_dict()}, assign=True)
+    with pytest.raises(ValueError, match="replaced after"):
+        outer.model(torch.ones(2, 6, dtype=torch.float64))
+    return True
+
+
+def test_a_wrapper_inside_a_module_adds_no_prefix(world2):
+    assert world2.run(nested) == [True, True]
