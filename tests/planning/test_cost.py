@@ -81,6 +81,16 @@ def test_data_parallel_bytes_counts_elements_and_flags():
     assert data_parallel_bytes(model.to(torch.float64)) == 8 * (4 + 8 + 2 + 3)
 
 
+def test_data_parallel_bytes_in_another_dtype_and_with_buffers():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    reduced = 12 + 4 + 4 + 4 + 4  # elements, and a flag for each parameter
+    assert data_parallel_bytes(model, itemsize=2) == 2 * reduced
+    buffers = 4 * (4 + 4) + 8
+    assert data_parallel_bytes(model, buffers=True) == 4 * reduced + buffers
+    with pytest.raises(ValueError, match="itemsize=0 is below 1"):
+        data_parallel_bytes(model, itemsize=0)
+
+
 def test_data_parallel_bytes_counts_tied_weights_once():
     sizes = {"num_layers": 1, "width": 8, "num_heads": 2, "sequence_length": 4}
     tied, untied = GPT(GPTConfig(**sizes)), GPT(GPTConfig(**sizes, tied=False))
