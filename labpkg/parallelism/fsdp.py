@@ -1,0 +1,417 @@
+"""Fully sharded data parallelism (ZeRO stage 3): no rank keeps a whole parameter.
+
+A model is cut into units. Of every unit each rank owns one flat slice in `n`. The life
+of a parameter: its unit is gathered just before it computes and freed right after, in
+forward and again in backward; its gradient is reduced into slices once the unit's
+backward has ended. So a rank holds 1/n of parameters, gradients and optimizer state,
+the root while the model computes, and at most two more units: one that computes, and
+the next, whose all_gather runs meanwhile.
+
+Every rank must call the same units in the same order; inside a unit each may use other
+parameters. What a unit computes must leave it by its output, where backward enters it.
+
+Chapter: parallelism/zero. References: Rajbhandari et al. 2020, SC20, arXiv:1910.02054;
+Zhao et al. 2023, PyTorch FSDP, PVLDB 16(12):3848-3860, arXiv:2304.11277.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from labpkg.processes.flat import shard_of
+from labpkg.processes.in_place import all_reduce_
+from labpkg.processes.replicas import (
+    GradientHook,
+    broadcast_state,
+    release,
+    require_same_model,
+)
+from labpkg.processes.traffic import axis_of
+from labpkg.processes.units import (
+    Reduction,
+    Unit,
+    checked_units,
+    default_units,
+    members_of_units,
+    memory_of,
+)
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def fully_shard(
+    model: _Model,
+    mesh: DeviceMesh,
+    *,
+    units: Iterable[nn.Module] | None = None,
+    reshard_after_forward: bool = True,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
+) -> _Model:
+    """Shard parameters, gradients and optimizer state over a mesh axis (ZeRO stage 3).
+
+    The model is changed in place. Names stay; `model.parameters()` yields this rank's
+    flat slices (possibly empty), see `shard_of`. After `backward()` their `.grad` is
+    the slice of the mean gradient over the ranks, None where no rank used the
+    parameter. So an elementwise optimizer, made afterwards, trains its part alone.
+
+    Call the model itself: only that gathers its parameters. Make changes to it (dtype,
+    device, more layers) before; copies and pickles of a sharded model are refused.
+
+    Args:
+        model: The model; each rank may start from another seed, rank 0 wins.
+        mesh: The data-parallel axis, such as `mesh["dp"]`.
+        units: Submodules whose parameters are gathered together; they may be nested.
+            By default the elements of every outermost nn.ModuleList and nn.Sequential.
+            What is left, and what several units share, belongs to the model itself.
+        reshard_after_forward: Free a unit after its forward pass. False keeps it until
+            its backward pass has ended: more memory, a third less communication.
+        param_dtype: Gather and compute in this dtype, such as `torch.bfloat16`; the
+            slices keep theirs. Inputs of units are cast to it.
+        reduce_dtype: Dtype in which gradients travel; by default that of the compute.
+        deterministic: Add gradients in rank order; see `all_reduce`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the model has no parameters or fewer elements than the axis has
+            ranks, if it is on another device than the mesh, if a parameter has an
+            engine already, if a unit is no submodule, if the mesh has several axes, or
+            if the ranks' models differ.
+
+    Communication: with P bytes, 2 P gathered and P reduced-scattered per forward and
+    backward, 3 (n - 1) / n P per rank; without `reshard_after_forward` P less; and one
+    byte per trained parameter. Each unit is padded to a multiple of n elements.
+
+    Reference: Rajbhandari et al. 2020, ZeRO, SC20, arXiv:1910.02054.
+    """
+    _require_model(model, mesh)
+    modules = default_units(model) if units is None else checked_units(model, units)
+    require_same_model(model, mesh)
+    broadcast_state((*model.parameters(), *model.buffers()), mesh)
+    engine = _FullyShard(mesh, reshard_after_forward, param_dtype, deterministic)
+    for module, members in members_of_units(model, modules).items():
+        engine.add(module, Unit(members, mesh, param_dtype, reduce_dtype))
+    return model
+
+
+class _FullyShard:
+    """The engine: hooks on the units call it, and it moves parameters and gradients.
+
+    # Note [when backward enters and leaves a unit]
+    The engine of autograd runs nodes in the reverse order of their creation. So the
+    node that made an output of a unit runs before all of the unit's own nodes that need
+    parameters, and the node that made an input runs after them. A hook before the first
+    gathers the unit, a hook on the input reduces and frees it, on every rank at the
+    same place between the other collectives, whichever parameters it used. The hook on
+    a tensor runs before those of its node: unit k is freed before k - 1 is entered.
+    """
+
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        reshard: bool,
+        param_dtype: torch.dtype | None,
+        deterministic: bool,
+    ) -> None:
+        self._mesh, self._reshard = mesh, reshard
+        self._param_dtype, self._deterministic = param_dtype, deterministic
+        self._units: list[Unit] = []
+        self._slices: list[nn.Parameter] = []
+        self._ahead: Unit | None = None  # gathered for the next computation
+        self._stack: list[Unit] = []  # in forward: root, unit, unit inside it
+        self._order: list[Unit] = []  # units in the last forward
+        self._calls: list[Unit] = []  # and in this one
+        self._tape: list[int] = []  # the numbers of those that backward will enter
+        self._task: int | None = None  # of autograd, in backward
+        self._used: set[nn.Parameter] = set()
+        self._flying: list[Reduction] = []
+        self._landed: list[Reduction] = []
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a fully sharded model cannot be copied or pickled, since each rank holds "
+            "slices only; save its full state_dict, build a new model and load it"
+        )
+
+    def add(self, module: nn.Module, unit: Unit) -> None:
+        """Take charge of a unit; the first is the root."""
+        number = len(self._units)
+        self._units.append(unit)
+        for g, group in enumerate(unit.groups):
+            self._slices += group.sliced
+            for i, (full, sliced) in enumerate(
+                zip(group.full, group.sliced, strict=True)
+            ):
+                if group.is_trained:
+                    hook = GradientHook(self, _FullyShard._take, number, g, i)
+                    full.register_post_accumulate_grad_hook(hook)
+                    # So that no other engine takes the slice for a parameter.
+                    owned = GradientHook(self, _FullyShard._own)
+                    owned.name = "fully_shard"
+                    sliced.register_post_accumulate_grad_hook(owned)
+        before = partial(self._before, number)
+        module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+        module.register_forward_hook(partial(self._after, number), always_call=True)
+
+    def accumulated(self, step: Any, *place: Any) -> None:
+        """Do what a hook of autograd asks for; see `GradientHook`."""
+        step(self, *place)
+
+    def _own(self) -> None:
+        """Leave alone what a penalty on the slices themselves gave them."""
+
+    def _before(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        unit, following = self._units[number], None
+        recomputes = self._in_backward()
+        if number == 0 and not recomputes:
+            self._stack.clear()  # of a forward pass that an interrupt broke off
+        self._stack.append(unit)
+        if not recomputes:
+            if len(self._stack) == 1:
+                self._begin(module if number == 0 else None)
+            following = self._expected(unit)
+        self._gather(unit, following)
+        unit.enter()
+        if self._param_dtype is not None:
+            args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
+        if torch.is_grad_enabled():
+            hook = GradientHook(self, _FullyShard._leave, number)
+            for x in tree_leaves((args, kwargs)):
+                if isinstance(x, Tensor) and x.grad_fn is not None:
+                    x.register_hook(hook)
+        return args, kwargs
+
+    def _after(self, number: int, _: nn.Module, __: Any, output: Any) -> None:
+        unit = self._units[number]
+        if unit not in self._stack:
+            return
+        while self._stack.pop() is not unit:
+            pass
+        nodes = [x.grad_fn for x in _tensors(output) if x.grad_fn is not None]
+        nodes = nodes if torch.is_grad_enabled() else []
+        if not unit.in_backward and unit not in self._stack:
+            unit.leave()
+            if self._reshard or not nodes:
+                unit.free()
+        if nodes:
+            self._tape.append(number)
+            place = (self._tape, len(self._tape) - 1, unit.version())
+            hook = GradientHook(self, _FullyShard._enter, *place)
+            for node in nodes:
+                node.register_prehook(hook)
+        if not self._stack and not self._in_backward():
+            self._order = self._calls
+            self._drop_ahead()
+
+    def _in_backward(self) -> bool:
+        return self._task is not None and self._task == _autograd_task()
+
+    def _begin(self, root: nn.Module | None) -> None:
+        """Start a forward pass from a clean state."""
+        if self._task is not None:
+            raise RuntimeError(
+                "the last backward pass did not end, so ranks may disagree about what "
+                "was reduced; restart from a checkpoint"
+            )
+        self._check(root)
+        for unit in self._units:
+            unit.leave()
+            unit.free()
+        self._ahead, self._calls, self._tape = None, [], []
+
+    def _check(self, root: nn.Module | None) -> None:
+        for unit in self._units:
+            for module, name, sliced, _ in unit.places:
+                if module._parameters.get(name) is not sliced:
+                    raise ValueError(_changed(name, "replaced"))
+            for group in unit.groups:
+                for sliced, full, memory in zip(
+                    group.sliced, group.full, group.memory, strict=True
+                ):
+                    if memory_of(sliced) != memory:
+                        raise ValueError(_changed("a parameter", "moved or converted"))
+                    if sliced.requires_grad and not group.is_trained:
+                        raise ValueError(_changed("a parameter", "unfrozen"))
+                    full.requires_grad_(sliced.requires_grad)
+        if root is not None:
+            for name, parameter in root.named_parameters():
+                if shard_of(parameter) is None:
+                    raise ValueError(_changed(name, "added"))
+
+    def _expected(self, unit: Unit) -> Unit | None:
+        """Return the unit that came next in the last forward pass."""
+        i = len(self._calls)
+        self._calls.append(unit)
+        here, following = self._order[i : i + 1], self._order[i + 1 : i + 2]
+        return following[0] if following and here[0] is unit else None
+
+    def _gather(self, unit: Unit, following: Unit | None) -> None:
+        """Start a unit, start the following one, and wait for the first."""
+        if self._ahead is not unit:
+            self._drop_ahead()
+        self._ahead = None
+        unit.start()
+        if following is not None and not following.is_gathered():
+            following.start()
+            self._ahead = following
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.free()
+            self._ahead = None
+
+    def _join_backward(self) -> None:
+        if self._task is None:
+            self._task = _autograd_task()
+            # Runs when the whole backward pass has ended.
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        elif not self._in_backward():
+            raise RuntimeError(
+                "a backward pass inside another, as reentrant checkpointing makes, or "
+                "after one that broke off; use checkpoint(..., use_reentrant=False), "
+                "or restart from a checkpoint"
+            )
+
+    def _enter(self, tape: list[int], i: int, version: int) -> None:
+        """Gather a unit for its backward pass, and then the one before it."""
+        self._join_backward()
+        unit = self._units[tape[i]]
+        if unit.in_backward:  # by another of its outputs
+            return
+        if unit.version() != version:
+            raise RuntimeError(
+                "parameters were changed between a forward pass and its backward "
+                "pass, so gradients would be those of another model; step afterwards"
+            )
+        unit.in_backward = True
+        self._gather(unit, self._units[tape[i - 1]] if i else None)
+        unit.enter()
+
+    def _take(self, number: int, g: int, i: int) -> None:
+        """Move a gradient into its bucket; at most two buckets besides the root's."""
+        self._join_backward()
+        group = self._units[number].groups[g]
+        if group.gradient is None:
+            self._land(1)
+        group.take(i)
+        self._used.add(group.sliced[i])
+
+    def _leave(self, number: int) -> None:
+        if self._units[number].in_backward:
+            self._close(self._units[number])
+
+    def _close(self, unit: Unit) -> None:
+        """End the backward pass of a unit: reduce gradients, free parameters."""
+        unit.in_backward = False
+        unit.leave()
+        unit.free()
+        for group in unit.groups:
+            if group.is_trained:
+                reduction = group.reduce(deterministic=self._deterministic)
+                self._flying.append(reduction)
+                self._land(2)
+
+    def _land(self, num_flying: int) -> None:
+        """Wait for the oldest reductions, until only so many are in flight."""
+        while len(self._flying) > num_flying:
+            reduction = self._flying.pop(0)
+            reduction.wait()
+            self._landed.append(reduction)
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """End the backward pass: reduce what is left and deliver all gradients."""
+        for unit in self._units:
+            if unit.in_backward or any(g.gradient is not None for g in unit.groups):
+                self._close(unit)
+        trained = [
+            p for u in self._units for g in u.groups if g.is_trained for p in g.sliced
+        ]
+        if trained:
+            used = self._agree(trained)
+            self._land(0)
+            for reduction in self._landed:
+                reduction.deliver(used)
+        self._landed.clear()
+        self._used.clear()
+        self._drop_ahead()
+        self._task = None
+
+    def _agree(self, trained: list[nn.Parameter]) -> set[nn.Parameter]:
+        """Return the parameters that any rank used; see `Note [used flags]`."""
+        mine = [p in self._used for p in trained]
+        flags = torch.tensor(mine, dtype=torch.uint8, device=trained[0].device)
+        all_reduce_(flags, self._mesh, op="max").wait()
+        if all(mine):  # nothing to read, which a GPU would have to wait for
+            return self._used
+        return {p for p, flag in zip(trained, flags.tolist(), strict=True) if flag}
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(self._param_dtype) if x.is_floating_point() else x
+
+
+def _autograd_task() -> int:
+    """Return the number of the backward pass that runs here, or -1."""
+    return torch._C._current_graph_task_id()
+
+
+def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Yield the tensors in an output, also those in objects of unknown classes."""
+    seen = set() if seen is None else seen
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif (
+            hasattr(leaf, "__dict__")
+            and not isinstance(leaf, nn.Module | type)
+            and id(leaf) not in seen
+        ):
+            seen.add(id(leaf))
+            yield from _tensors(dict(vars(leaf)), seen)
+
+
+def _changed(name: str, what: str) -> str:
+    return (
+        f"{name} was {what} after fully_shard, which knows only the slices that it "
+        "made; change the model first, then shard it"
+    )
+
+
+def _require_model(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Refuse what cannot be sharded, before anything is sent."""
+    n = axis_of(mesh).size
+    named = dict(model.named_parameters())
+    num_elements = sum(p.numel() for p in named.values())
+    if num_elements < n:
+        raise ValueError(
+            f"the model has {num_elements} elements in {len(named)} parameters, fewer "
+            f"than the axis has ranks ({n}); use DataParallel, or a smaller axis"
+        )
+    for name, tensor in (*named.items(), *model.named_buffers()):
+        if tensor.device.type != mesh.device_type:
+            raise ValueError(
+                f"{name} is on {tensor.device}, the mesh on {mesh.device_type}; move "
+                f"the model first: model.to({mesh.device_type!r})"
+            )
+    for name, layer in model.named_modules():
+        if getattr(layer, "sparse", False):
+            raise ValueError(
+                f"{name} makes sparse gradients, which have no place in a bucket; "
+                "build it with sparse=False"
+            )
+    for name, parameter in named.items():
+        if shard_of(parameter) is not None:
+            raise ValueError(
+                f"{name} is sharded already; shard a model once, as a whole"
+            )
+        release(name, parameter)

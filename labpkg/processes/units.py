@@ -1,0 +1,293 @@
+"""Units: modules whose parameters are whole only while they compute.
+
+A `Unit` swaps, in its modules, this rank's slices of the parameters for whole ones and
+back. Its memory comes in a `Group` for each dtype: a slice that stays, a flat buffer
+that is gathered and freed, and a bucket in which gradients come together until they are
+reduced into slices.
+
+Chapter: parallelism/zero. Reference: Zhao et al. 2023, PyTorch FSDP, PVLDB 16(12):
+3848-3860, arXiv:2304.11277.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from labpkg.processes.flat import ShardedBucket, mark_shard
+from labpkg.processes.in_place import all_gather_, reduce_scatter_
+from labpkg.processes.transport import Work
+
+# The parameters of a unit, and where modules keep each: in several places if tied.
+Members = dict[nn.Parameter, list[tuple[nn.Module, str]]]
+
+
+class Group:
+    """The parameters of a unit that travel together: of one dtype, all trained or none.
+
+    Attributes:
+        own: This rank's slice, which the optimizer updates in the pieces `sliced`.
+        flat: The memory of the parameters `full`; of size 0 unless gathered.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        mesh: DeviceMesh,
+        param_dtype: torch.dtype | None,
+        reduce_dtype: torch.dtype | None,
+    ) -> None:
+        first = parameters[0]
+        self.mesh, self.is_trained = mesh, first.requires_grad
+        self.bucket = ShardedBucket([p.shape for p in parameters], mesh)
+        whole = first.detach().new_zeros(self.bucket.num_elements)
+        for parameter, view in zip(parameters, self.bucket.views(whole), strict=True):
+            view.copy_(parameter.detach())
+        self.own = whole[self.bucket.own].clone()
+        shards = self.bucket.attach(self.own, [self.is_trained] * len(parameters))
+        self.sliced = [shard.local for shard in shards]
+        for parameter, shard in zip(parameters, shards, strict=True):
+            vars(shard.local).update(vars(parameter))  # such as "no decay"
+            mark_shard(shard.local, shard)
+        self.memory = [memory_of(p) for p in self.sliced]
+        cast = param_dtype if first.is_floating_point() else None
+        self.flat = whole.new_empty(len(whole), dtype=cast)
+        # `.data` gives each a version of its own: autograd saves them in forward, and
+        # must not take a later gathering of the same values for a change.
+        self.full = [
+            nn.Parameter(view.data, requires_grad=self.is_trained)
+            for view in self.bucket.views(self.flat)
+        ]
+        self.reduce_dtype = reduce_dtype or self.flat.dtype
+        self.gradient: Tensor | None = None  # of the whole, while backward fills it
+        self.views: list[Tensor] = []
+        self.ready: set[int] = set()
+        self.work: Work | None = None
+        self.free()
+
+    def is_gathered(self) -> bool:
+        """Whether the memory of the whole parameters exists."""
+        return self.flat.untyped_storage().nbytes() > 0
+
+    def start(self) -> None:
+        """Start to gather the whole parameters, unless that was done."""
+        if not self.is_gathered():
+            self.flat.untyped_storage().resize_(self.flat.nbytes)
+            own = self.own.to(self.flat.dtype)  # cast first: fewer bytes travel
+            self.work = all_gather_(self.flat, own, self.mesh)
+
+    def wait(self) -> None:
+        """Return when they may be read."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+    def free(self) -> None:
+        """Give up the memory of the whole parameters."""
+        self.wait()
+        self.flat.untyped_storage().resize_(0)
+
+    def open(self) -> Tensor:
+        """Return the bucket of the gradients, with memory."""
+        if self.gradient is None:
+            size = self.bucket.num_elements
+            self.gradient = self.flat.new_empty(size, dtype=self.reduce_dtype)
+            self.views = self.bucket.views(self.gradient)
+        return self.gradient
+
+    def take(self, i: int) -> None:
+        """Move the gradient of parameter i into the bucket, times 1/n."""
+        self.open()
+        gradient, share = self.full[i].grad, 1 / self.mesh.size()
+        assert gradient is not None
+        self.full[i].grad = None
+        gradient = gradient.detach().to(self.reduce_dtype)
+        if i in self.ready:  # the unit was used twice
+            self.views[i].add_(gradient, alpha=share)
+        else:
+            torch.mul(gradient, share, out=self.views[i])
+            self.ready.add(i)
+
+    def reduce(self, *, deterministic: bool) -> Reduction:
+        """Start to sum the gradients over the ranks; one that is missing here is 0."""
+        whole = self.open()
+        for i, view in enumerate(self.views):
+            if i not in self.ready:
+                view.zero_()
+        whole[sum(view.numel() for view in self.views) :] = 0
+        self.gradient, self.views = None, []
+        self.ready.clear()
+        return Reduction(self, whole, deterministic=deterministic)
+
+
+class Reduction:
+    """The gradients of a group on their way into this rank's slice."""
+
+    def __init__(self, group: Group, whole: Tensor, *, deterministic: bool) -> None:
+        self.group, self.whole = group, whole
+        self.own = whole.new_empty(group.bucket.slice_elements)
+        self.work = reduce_scatter_(
+            self.own, whole, group.mesh, deterministic=deterministic
+        )
+
+    def wait(self) -> None:
+        """Return when the slice may be read."""
+        self.work.wait()
+        del self.whole
+
+    def deliver(self, used: set[nn.Parameter]) -> None:
+        """Add the mean gradient to the slices of the parameters that any rank used."""
+        pieces = self.group.bucket.cut(self.own.to(self.group.own.dtype))
+        for parameter, piece in zip(self.group.sliced, pieces, strict=True):
+            if parameter in used:
+                before = parameter.grad
+                parameter.grad = piece if before is None else before.add_(piece)
+
+
+def memory_of(parameter: Tensor) -> tuple[int, torch.dtype, torch.device]:
+    """Say where the elements of a parameter lie, and as what."""
+    return parameter.data_ptr(), parameter.dtype, parameter.device
+
+
+def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    if type(module).__setattr__ is nn.Module.__setattr__:
+        module._parameters[name] = parameter
+    else:  # such as that of nn.LSTM, which keeps a list of its weights
+        setattr(module, name, parameter)
+
+
+class _CutParameter(nn.Parameter):
+    """What a parameter becomes that was cut: any use of it is a mistake."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(
+            "this parameter was cut into slices and holds nothing any more; make the "
+            "optimizer after fully_shard, from model.parameters()"
+        )
+
+
+class Unit:
+    """A module whose parameters are gathered around its computation."""
+
+    def __init__(
+        self,
+        members: Members,
+        mesh: DeviceMesh,
+        param_dtype: torch.dtype | None,
+        reduce_dtype: torch.dtype | None,
+    ) -> None:
+        kinds: dict[Any, list[nn.Parameter]] = {}
+        for parameter in members:
+            kind = (parameter.dtype, parameter.requires_grad)
+            kinds.setdefault(kind, []).append(parameter)
+        self.groups: list[Group] = []
+        self.places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
+        for parameters in kinds.values():
+            group = Group(parameters, mesh, param_dtype, reduce_dtype)
+            self.groups.append(group)
+            for old, sliced, full in zip(
+                parameters, group.sliced, group.full, strict=True
+            ):
+                self.places += [(*place, sliced, full) for place in members[old]]
+                old.grad, old.data = None, old.data.new_empty(0)
+                old.__class__ = _CutParameter
+        self.in_backward = False
+        self.leave()
+
+    def version(self) -> int:
+        """Count the changes of the slices so far."""
+        return sum(group.own._version for group in self.groups)
+
+    def is_gathered(self) -> bool:
+        """Whether all parameters have their memory."""
+        return all(group.is_gathered() for group in self.groups)
+
+    def start(self) -> None:
+        """Start to gather what is not gathered."""
+        for group in self.groups:
+            group.start()
+
+    def enter(self) -> None:
+        """Wait for the whole parameters and put them where the modules look."""
+        for group in self.groups:
+            group.wait()
+        for module, name, _, full in self.places:
+            _put(module, name, full)
+
+    def leave(self) -> None:
+        """Put the slices back; the whole parameters stay gathered."""
+        for module, name, sliced, _ in self.places:
+            _put(module, name, sliced)
+
+    def free(self) -> None:
+        """Give up the memory of the whole parameters."""
+        for group in self.groups:
+            group.free()
+
+
+def default_units(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the elements of the outermost containers that have parameters."""
+    holds_units = isinstance(module, nn.ModuleList | nn.Sequential)
+    for child in module.children():
+        # A list in a list is never called itself, and would not be gathered.
+        if not holds_units or isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from default_units(child)
+        elif next(child.parameters(), None) is not None:
+            yield child
+
+
+def checked_units(model: nn.Module, units: Iterable[nn.Module]) -> list[nn.Module]:
+    """Refuse units that would never be gathered, or twice."""
+    names = {module: name for name, module in model.named_modules() if name}
+    checked: list[nn.Module] = []
+    for i, unit in enumerate(units):
+        if unit not in names:
+            rule = "is no submodule of the model (which is always a unit itself)"
+        elif unit in checked:
+            rule = f"is {names[unit]} again"
+        elif isinstance(unit, nn.ModuleList | nn.ModuleDict):
+            rule = f"is {names[unit]}, a container that is never called"
+        elif next(unit.parameters(), None) is None:
+            rule = f"is {names[unit]}, which has no parameters"
+        else:
+            checked.append(unit)
+            continue
+        raise ValueError(
+            f"units[{i}], a {type(unit).__name__}, {rule}; pass different submodules "
+            "with parameters, such as the blocks of the model"
+        )
+    return checked
+
+
+def members_of_units(
+    model: nn.Module, units: Iterable[nn.Module]
+) -> dict[nn.Module, Members]:
+    """Give each parameter to the innermost unit in which all its places lie."""
+    chosen = {model, *units}
+    homes: dict[nn.Parameter, list[nn.Module]] = {}  # root, unit, unit inside it, ...
+    places: Members = {}
+
+    def visit(module: nn.Module, chain: list[nn.Module]) -> None:
+        chain = [*chain, module] if module in chosen else chain
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                known = homes.setdefault(parameter, chain)
+                shared = [a for a, b in zip(known, chain, strict=False) if a is b]
+                homes[parameter] = shared
+                found = places.setdefault(parameter, [])
+                found += [(module, name)] if (module, name) not in found else []
+        for child in module.children():
+            visit(child, chain)
+
+    visit(model, [])
+    members: dict[nn.Module, Members] = {
+        module: {} for module in model.modules() if module in chosen
+    }
+    for parameter, found in places.items():
+        members[homes[parameter][-1]][parameter] = found
+    return members
