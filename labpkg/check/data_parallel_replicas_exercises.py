@@ -221,9 +221,7 @@ _FIRST_DRIFT = Exercise(
         "rank 0 may be the one that drifted: count how often each hash appears": (
             _against_rank_0
         ),
-        "one bad tensor spoils the later ones: return the first tensor that differs": (
-            _last_drift
-        ),
+        "return the first tensor that differs, not the last": _last_drift,
         "no hash is the most frequent one, so nobody knows who is right: name all "
         "ranks": lambda hashes: _drift(hashes, lower_rank_wins=True),
         "name only the ranks that differ in this first tensor": _whole_models,

@@ -161,7 +161,7 @@ WRONG = [
     ("first_drift", lambda h: h, "returns its argument"),
     ("first_drift", against_rank_0, "rank 0 may be the one"),
     ("first_drift", trusting, "nobody knows who is right"),
-    ("first_drift", backwards, "the first tensor that differs"),
+    ("first_drift", backwards, "not the last"),
     ("first_drift", whole_models, "in this first tensor"),
     ("first_drift", lambda h: first_drift(h) or (0, []), "return None if all"),
     ("first_drift", agreeing, "return the others"),
