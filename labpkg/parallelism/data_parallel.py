@@ -100,7 +100,7 @@ def mean_weight(count: float, mesh: DeviceMesh) -> float:
 
     Communication: an all_reduce of two numbers.
     """
-    device = "cuda" if mesh.device_type == "cuda" else "cpu"
+    device = mesh.device_type
     pair = torch.tensor([count, count < 0], dtype=torch.float64, device=device)
     total, num_negative = all_reduce(pair, mesh).tolist()
     if num_negative or total == 0:
@@ -300,21 +300,22 @@ class DataParallel(nn.Module):
             check_replicas(self.module, self._mesh, buffers=False)
 
     def __deepcopy__(self, memo: dict) -> DataParallel:
-        raise TypeError(
-            "a copy of a DataParallel would average nothing; copy its .module and wrap "
-            "the copy"
-        )
+        raise TypeError("a copy averages nothing; copy its .module and wrap the copy")
 
     def accumulated(self, number: int, i: int) -> None:
-        """Take the gradient of parameter i of a bucket; its hook calls this."""
+        """Take a gradient that is complete; the hook of the parameter calls this.
+
+        Args:
+            number: Which bucket.
+            i: Which of its parameters.
+        """
         bucket = self._buckets[number]
         if not self._sync:
             bucket.hold(i)
             return
         self._mark_ready(bucket, i)
         bucket.take(i)
-        while self._next_is_ready():
-            self._launch_next()
+        self._launch_next(only_full=True)
 
     def _mark_ready(self, bucket: _Bucket, i: int) -> None:
         if i in bucket.ready:
@@ -324,25 +325,19 @@ class DataParallel(nn.Module):
             )
         bucket.ready.add(i)
         if not self._in_backward:
-            self._in_backward = True
-            # Runs when the whole backward pass has ended.
+            self._in_backward = True  # until the whole backward pass has ended
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
-    def _next_is_ready(self) -> bool:
+    def _launch_next(self, *, only_full: bool) -> None:
         # Buckets leave in one order on every rank, whatever order gradients come in.
-        if self._num_launched == len(self._buckets):
-            return False
-        bucket = self._buckets[self._num_launched]
-        return len(bucket.ready) == len(bucket.parameters)
-
-    def _launch_next(self) -> None:
-        bucket = self._buckets[self._num_launched]
-        bucket.launch(self._mesh, deterministic=self._deterministic)
-        self._num_launched += 1
+        for bucket in self._buckets[self._num_launched :]:
+            if only_full and len(bucket.ready) < len(bucket.parameters):
+                return
+            bucket.launch(self._mesh, deterministic=self._deterministic)
+            self._num_launched += 1
 
     def _finish(self) -> None:
-        while self._num_launched < len(self._buckets):
-            self._launch_next()
+        self._launch_next(only_full=False)
         for bucket in self._buckets:
             bucket.finish()
         self._num_launched, self._in_backward = 0, False
@@ -374,7 +369,13 @@ class DataParallel(nn.Module):
         prefix: str = "",
         remove_duplicate: bool = True,
     ) -> Generator:
-        """Yield the wrapper and the module, both under the wrapper's name."""
+        """Yield the wrapper and the module, both under the wrapper's name.
+
+        Args:
+            memo: Modules that were met before.
+            prefix: The wrapper's name.
+            remove_duplicate: Yield a module that is used twice once.
+        """
         memo = set() if memo is None else memo
         if self not in memo:
             if remove_duplicate:
@@ -383,9 +384,7 @@ class DataParallel(nn.Module):
             yield from self.module.named_modules(memo, prefix, remove_duplicate)
 
 
-def _expect_no_prefix(
-    engine: nn.Module, state: dict[str, Any], prefix: str, *_: object
-) -> None:
+def _expect_no_prefix(_: object, state: dict, prefix: str, *rest: object) -> None:
     """Let a module around the wrapper load what its `state_dict` returned."""
     for key in [key for key in state if key.startswith(prefix)]:
         state[f"{prefix}module.{key.removeprefix(prefix)}"] = state.pop(key)
