@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from labpkg.bench.measure import Sample, alternate, compare
+from labpkg.bench.steps import mesh_of_messages
 from labpkg.planning.cost import wire_bytes
 from labpkg.processes import transport
 from labpkg.processes.algorithms import (
@@ -114,12 +114,7 @@ def _variants(collective: str) -> dict[str, Variant]:
     peer = partial(transport.by_torch, collective)
     variants: dict[str, Variant] = {BASE: peer, "labpkg": own}
     if torch.get_default_device().type == "cpu":
-        # A mesh of all ranks would share their group, and the shared memory with it.
-        group = dist.new_group()
-        assert isinstance(group, dist.ProcessGroup)  # every rank is in it
-        apart = DeviceMesh.from_group(group, "cpu")
-        transport.use_messages(group)
-        variants["labpkg:messages"] = lambda x: own(x, apart)
+        variants["labpkg:messages"] = partial(own, mesh=mesh_of_messages())
     if collective == "all_reduce":
         variants["labpkg:ring"] = ring_all_reduce
         variants["labpkg:tree"] = tree_all_reduce

@@ -3,8 +3,9 @@
 A 10.9M-parameter GPT takes training steps with AdamW on two ranks of one thread each.
 With micro batch 1 the step is bound by communication, with 8 by arithmetic. The base is
 DDP at its fastest documented setting; its default, the two naive versions of this
-library and the model without any communication (the limit) are measured beside it.
-All variants start alike, see the same batches and must end with the same loss.
+library and the model without any communication (the limit) are measured beside it. On
+the CPU `labpkg` averages through shared memory and `labpkg:messages` by gloo. Gradients
+that travel in bfloat16 are compared with DDP's own compression.
 
 Chapter: parallelism/data_parallel. Reference: Li et al. 2020, PVLDB 13(12):3005-3018,
 arXiv:2006.15704.
@@ -12,18 +13,26 @@ arXiv:2006.15704.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
 
 from labpkg.bench.measure import Sample, alternate, compare
-from labpkg.foundations.losses import cross_entropy
+from labpkg.bench.steps import (
+    LARGE,
+    SMALL,
+    Engine,
+    Trained,
+    check_losses,
+    mesh_of_messages,
+    training_step,
+    with_adamw,
+)
 from labpkg.foundations.models import GPT, GPTConfig
 from labpkg.parallelism.data_parallel import (
     DataParallel,
@@ -34,12 +43,10 @@ from labpkg.processes.mesh import make_mesh
 from labpkg.processes.world import World
 
 BASE = "torch DDP (gradient_as_bucket_view, static_graph)"
+BASE_BF16 = "torch DDP (gradient_as_bucket_view, static_graph, bf16_compress_hook)"
 LIMIT = "no communication"
 
-_LARGE = GPTConfig(
-    num_layers=6, width=384, num_heads=6, sequence_length=128, tied=False
-)
-_SMALL = GPTConfig(num_layers=2, width=64, num_heads=2, sequence_length=32)
+_GRADIENTS = {BASE: "", BASE_BF16: ", gradients sent in bfloat16"}
 
 
 def rows(*, quick: bool = False) -> list[dict[str, Any]]:
@@ -54,93 +61,73 @@ def rows(*, quick: bool = False) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: If a variant ends with another loss than the base.
     """
-    config = _SMALL if quick else _LARGE
+    config = SMALL if quick else LARGE
     size = f"{config.shape.num_parameters / 1e6:.1f}M GPT"
     found = []
     with World(2, timeout_s=None) as world:
+        tables = world.run(lambda: {b: list(e) for b, e in _engines().items()})[0]
         for micro_batch_size in (1, 8):
             samples = world.run(_measure, config, micro_batch_size, quick)[0]
             where = f"{size}, 2 ranks on {world.device}"
-            label = f"{where}, micro batch {micro_batch_size}"
-            found += compare(samples, base=BASE, config=label)
+            for base, names in tables.items():
+                label = f"{where}, micro batch {micro_batch_size}{_GRADIENTS[base]}"
+                table = {name: samples[name] for name in names}
+                found += compare(table, base=base, config=label)
     return found
 
 
 def _measure(
     config: GPTConfig, micro_batch_size: int, quick: bool
 ) -> dict[str, list[Sample]]:
-    dp = make_mesh(dp=2)["dp"]
-    generator = torch.Generator(torch.get_default_device())
-    generator.manual_seed(dp.get_local_rank())
-    shape = (micro_batch_size, config.sequence_length + 1)
-    text = torch.randint(config.vocab_size, shape, generator=generator)
     losses: dict[str, Tensor] = {}
     steps = {
-        name: _training_step(name, make, config, dp, text, losses)
-        for name, make in _variants(dp).items()
+        name: training_step(engine, config, micro_batch_size, losses, name)
+        for table in _engines().values()
+        for name, engine in table.items()
     }
     rounds, most = (2, 2) if quick else (12, 24)
     samples = alternate(
         steps, num_rounds=rounds, max_rounds=most, sample_s=0.05 if quick else 0.5
     )
-    _check_losses({name: loss.item() for name, loss in losses.items()})
+    found = {name: loss.item() for name, loss in losses.items()}
+    check_losses(found, base=BASE, limit=LIMIT)
     return samples
 
 
-def _variants(dp: DeviceMesh) -> dict[str, tuple[Callable, Callable]]:
-    """Return for each variant how to wrap the model and what to do after backward."""
-    ddp = lambda model, **options: DistributedDataParallel(
-        model, process_group=dp.get_group(), **options
-    )
-    fast = lambda model: ddp(model, gradient_as_bucket_view=True, static_graph=True)
-    nothing = lambda model: None
-    return {
-        BASE: (fast, nothing),
-        "torch DDP (default)": (ddp, nothing),
-        "labpkg": (lambda model: DataParallel(model, dp), nothing),
-        "labpkg:average_gradients": (
-            lambda model: model,
-            lambda model: average_gradients(model, dp),
-        ),
-        "labpkg:average_gradients_bucketed": (
-            lambda model: model,
-            lambda model: average_gradients_bucketed(model, dp),
-        ),
-        LIMIT: (lambda model: model, nothing),
+def _engines() -> dict[str, dict[str, Engine]]:
+    """Return what is compared, by base; every rank calls it."""
+    dp = make_mesh(dp=2)["dp"]
+    fast = partial(_ddp, dp=dp, gradient_as_bucket_view=True, static_graph=True)
+    meshes = {"": dp}
+    if torch.get_default_device().type == "cpu":
+        meshes[":messages"] = mesh_of_messages()
+    tables: dict[str, dict[str, Engine]] = {
+        BASE: {BASE: fast, "torch DDP (default)": partial(_ddp, dp=dp)},
+        # DDP refuses this hook on gloo, by its name, though gloo adds bfloat16.
+        BASE_BF16: {
+            BASE_BF16: partial(fast, hook=lambda *bucket: bf16_compress_hook(*bucket))
+        },
     }
+    for where, mesh in meshes.items():
+        tables[BASE]["labpkg" + where] = partial(_data_parallel, mesh=mesh)
+        tables[BASE_BF16]["labpkg:bfloat16" + where] = partial(
+            _data_parallel, mesh=mesh, reduce_dtype=torch.bfloat16
+        )
+    for average in (average_gradients, average_gradients_bucketed):
+        tables[BASE][f"labpkg:{average.__name__}"] = lambda model, average=average: (
+            with_adamw(model, partial(average, model, dp))
+        )
+    tables[BASE][LIMIT] = with_adamw
+    return tables
 
 
-def _training_step(
-    name: str,
-    variant: tuple[Callable, Callable],
-    config: GPTConfig,
-    dp: DeviceMesh,
-    text: Tensor,
-    losses: dict[str, Tensor],
-) -> Callable[[], None]:
-    wrap, after_backward = variant
-    torch.manual_seed(0)
-    model: nn.Module = wrap(GPT(config))
-    optimizer = AdamW(model.parameters(), lr=1e-4, fused=True)
-    x, y = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-
-    def step() -> None:
-        loss = cross_entropy(model(x), y)
-        loss.backward()
-        after_backward(model)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses[name] = loss.detach()
-
-    return step
+def _ddp(model: GPT, *, dp: DeviceMesh, hook: Any = None, **options: Any) -> Trained:
+    group = dp.get_group()
+    replica = DistributedDataParallel(model, process_group=group, **options)
+    if hook is not None:
+        replica.register_comm_hook(group, hook)
+    return with_adamw(replica)
 
 
-def _check_losses(losses: dict[str, float]) -> None:
-    """Raise if a variant did other work than the base: fast and wrong is no result."""
-    for name, loss in losses.items():
-        same = math.isclose(loss, losses[BASE], rel_tol=1e-2)
-        if name != LIMIT and not same:
-            raise RuntimeError(
-                f"{name} ends with loss {loss:.6f}, {BASE} with {losses[BASE]:.6f}; "
-                "they do not train alike, so their times say nothing"
-            )
+def _data_parallel(model: GPT, *, mesh: DeviceMesh, **options: Any) -> Trained:
+    return with_adamw(DataParallel(model, mesh, **options))
