@@ -29,6 +29,7 @@ NAMES = (
     "launch",
     "optimizers",
     "train",
+    "zero",
 )
 
 _COLUMNS = (
@@ -39,6 +40,7 @@ _COLUMNS = (
     "value",
     "unit",
     "bus_gb_per_s",  # collectives only
+    "peak_bytes",  # zero only
 )
 
 

@@ -1,10 +1,12 @@
 """The form of the answer; how fast something is says `labpkg bench` itself."""
 
 import dataclasses
+import itertools
 import json
 import time
 
 import pytest
+import torch
 
 import labpkg as lab
 from labpkg import bench
@@ -15,9 +17,14 @@ from labpkg.bench import (
     data_parallel,
     faults,
     optimizers,
+    steps,
     train,
+    zero,
 )
+from labpkg.processes import transport
 
+# On one of two ranks that has no more of anything than stage 3.
+WEIGHTS_AND_STATE = steps.SMALL.shape.num_parameters * (4 + 8) / 2
 ROW = {"config", "variant", "wall_ratio", "cpu_ratio", "samples", "value", "unit"}
 
 
@@ -59,9 +66,7 @@ def test_report_prints_as_one_table_per_configuration(monkeypatch):
     assert len({len(line) for line in lines[3:6]}) == 1
 
 
-@pytest.mark.parametrize(
-    "module", [cross_entropy, train, data_loading, data_parallel, optimizers]
-)
+@pytest.mark.parametrize("module", [cross_entropy, train, data_loading, optimizers])
 def test_quick_rows(module):
     rows = module.rows(quick=True)
     assert all(set(row) == ROW for row in rows)
@@ -77,11 +82,58 @@ def test_quick_rows(module):
             assert (row["wall_ratio"], row["cpu_ratio"]) == (1.0, 1.0)
 
 
+def tables(rows, *bases):
+    """Return variant -> row of each table, whose bases come in turns."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["config"], {})[row["variant"]] = row
+    assert sum(map(len, found.values())) == len(rows)
+    for table, base in zip(found.values(), itertools.cycle(bases), strict=False):
+        assert next(iter(table)) == base
+        assert (table[base]["wall_ratio"], table[base]["cpu_ratio"]) == (1.0, 1.0)
+        for row in table.values():
+            assert min(row["wall_ratio"], row["cpu_ratio"], row["value"]) > 0
+            assert row["unit"] == "ms"
+    return list(found.values())
+
+
+def test_quick_rows_of_data_parallel():
+    rows = data_parallel.rows(quick=True)
+    assert all(set(row) == ROW for row in rows)
+    found = tables(rows, data_parallel.BASE, data_parallel.BASE_BF16)
+    assert len(found) == 4
+    for full, half in (found[:2], found[2:]):
+        assert {"labpkg", "labpkg:messages", data_parallel.LIMIT} < set(full)
+        assert {"labpkg:bfloat16", "labpkg:bfloat16:messages"} < set(half)
+
+
+def test_quick_rows_of_zero():
+    rows = zero.rows(quick=True)
+    assert all(set(row) == ROW | {"peak_bytes"} for row in rows)
+    stages, freed, kept = tables(rows, zero.BASE, zero.FREED, zero.KEPT)
+    assert {f"labpkg:stage {s}" for s in (1, 2)} < set(stages)
+    assert {f"labpkg:stage {s}:messages" for s in (1, 2)} < set(stages)
+    assert set(freed) == {zero.FREED, "labpkg:stage 3", "labpkg:stage 3:messages"}
+    assert {"labpkg:stage 3, kept", "labpkg:stage 3, kept:messages"} < set(kept)
+    for table in (stages, freed, kept):
+        assert all(row["peak_bytes"] > WEIGHTS_AND_STATE for row in table.values())
+
+
+def test_a_mesh_of_messages_has_no_shared_memory(world2):
+    def run():
+        mesh, x = steps.mesh_of_messages(), torch.ones(8)
+        whole = lab.make_mesh(dp=2)["dp"]
+        channels = [transport._shared(m.get_group(), x) for m in (whole, mesh)]
+        return [channel is not None for channel in channels], mesh.mesh_dim_names
+
+    assert world2.run(run) == [([True, False], ("dp",))] * 2
+
+
 def test_a_variant_that_trains_differently_is_no_result():
-    losses = {data_parallel.BASE: 2.0, "labpkg": 2.0, data_parallel.LIMIT: 1.0}
-    data_parallel._check_losses(losses)
+    losses = {"peer": 2.0, "labpkg": 2.0, "limit": 1.0}
+    steps.check_losses(losses, base="peer", limit="limit")
     with pytest.raises(RuntimeError, match="labpkg ends with loss"):
-        data_parallel._check_losses({**losses, "labpkg": 2.1})
+        steps.check_losses({**losses, "labpkg": 2.1}, base="peer", limit="limit")
 
 
 def test_matrix_products_are_those_of_the_model():
