@@ -1,0 +1,116 @@
+"""A world of 1024 ranks in one process: its collectives return at once, unmeaningly.
+
+Bytes are exact all the same, so they are held against the formula, and against what
+torch's FSDP2 sends. Each test has a process of its own, which only plays rank 0.
+"""
+
+import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import labpkg as lab
+from labpkg.bench.steps import LARGE
+from labpkg.parallelism.fsdp import fully_shard
+from labpkg.parallelism.zero import ZeroOptimizer
+from labpkg.planning.cost import zero_bytes
+from labpkg.processes import collectives
+
+N = 1024
+FSDP2 = {"all_gather": "_allgather_base_", "reduce_scatter": "_reduce_scatter_base_"}
+
+
+class TorchBytes(TorchDispatchMode):
+    """Count the payload of torch's own collectives, the longest of their tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            tensors = torch.utils._pytree.tree_iter(args)
+            nbytes = max(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+            name = func._opname
+            self.found[name] = self.found.get(name, 0) + nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def as_rank_0(play, *args):
+    """Start the fake world and play."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group(
+        "fake", rank=0, world_size=N, store=FakeStore()
+    )
+    torch.manual_seed(0)
+    found = play(lab.make_mesh(dp=N)["dp"], lab.GPT(LARGE), *args)
+    torch.distributed.destroy_process_group()
+    return found
+
+
+def in_a_process(play, *args):
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(as_rank_0, play, *args).result()
+
+
+def take_step(model, optimizer):
+    tokens = torch.zeros(1, LARGE.sequence_length, dtype=torch.int64)
+    lab.cross_entropy(model(tokens), tokens).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def own_engine(mesh, model, stage):
+    formula = zero_bytes(model, stage=stage)
+    with collectives.off():  # of objects there is only garbage
+        if stage == 3:
+            fully_shard(model, mesh)
+            optimizer = torch.optim.AdamW(model.parameters())
+        else:
+            adamw = torch.optim.AdamW
+            optimizer = ZeroOptimizer(model.parameters(), adamw, mesh, stage=stage)
+    take_step(model, optimizer)
+    with lab.count_comms() as log:
+        take_step(model, optimizer)
+    found = {op: log["dp", op].payload_bytes for op in formula}
+    assert sum(found.values()) == log["dp"].payload_bytes  # nothing else
+    return found, formula
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_moves_the_bytes_of_the_formula(stage):
+    found, formula = in_a_process(own_engine, stage)
+    assert found == formula
+
+
+def fsdp2(mesh, model):
+    from torch.distributed.fsdp import fully_shard
+
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    take_step(model, optimizer)
+    with TorchBytes() as counted:
+        take_step(model, optimizer)
+    return counted.found
+
+
+def padded_rows(parameter: nn.Parameter) -> int:
+    rows = math.ceil(parameter.shape[0] / N) * N
+    return rows * parameter[0].numel() * parameter.element_size()
+
+
+def test_fsdp2_moves_twice_as_many():
+    """It gives each rank whole rows of each weight, so 384 rows are sent as 1024."""
+    found = in_a_process(fsdp2)
+    model = lab.GPT(LARGE)
+    padded = sum(map(padded_rows, model.parameters()))
+    assert found == {FSDP2["all_gather"]: 2 * padded, FSDP2["reduce_scatter"]: padded}
+    needed = sum(zero_bytes(model, stage=3).values())
+    assert sum(found.values()) / needed == pytest.approx(2.06, abs=0.01)
