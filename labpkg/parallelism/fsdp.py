@@ -90,7 +90,7 @@ def fully_shard(
 
     Communication: with P bytes, 2 P gathered and P reduced-scattered per forward and
     backward, 3 (n - 1) / n P per rank; without `reshard_after_forward` P less; and one
-    byte per trained parameter. Each unit is padded to a multiple of n elements.
+    byte per trained parameter.
 
     Reference: Rajbhandari et al. 2020, ZeRO, SC20, arXiv:1910.02054.
     """

@@ -118,7 +118,6 @@ class Group:
         for i, view in enumerate(self.views):
             if i not in self.ready:
                 view.zero_()
-        whole[sum(view.numel() for view in self.views) :] = 0
         self.gradient, self.views = None, []
         self.ready.clear()
         return Reduction(self, whole, deterministic=deterministic)

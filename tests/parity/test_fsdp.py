@@ -1,0 +1,89 @@
+"""PyTorch as referee: `fully_shard` against FSDP2, rank by rank."""
+
+import pytest
+import torch
+from torch.distributed import fsdp
+from torch.distributed.tensor import DTensor
+
+import labpkg as lab
+from labpkg.parallelism.fsdp import fully_shard
+from labpkg.parallelism.whole import full_state_dict
+
+CONFIG = {"num_layers": 2, "width": 32, "num_heads": 2, "sequence_length": 16}
+
+
+def by_torch(model, mesh, reshard, param_dtype, reduce_dtype):
+    policy = fsdp.MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=reduce_dtype
+    )
+    options = {"mesh": mesh, "reshard_after_forward": reshard, "mp_policy": policy}
+    for p in model.parameters():  # FSDP2 takes the parameters as they are
+        p.data = lab.broadcast(p.detach(), mesh)
+    for block in model.blocks:
+        fsdp.fully_shard(block, **options)
+    return fsdp.fully_shard(model, **options)
+
+
+def train(engine, dtype, reshard=True, param_dtype=None, reduce_dtype=None):
+    """Train a small GPT with one of the engines; return losses and whole parameters."""
+    mesh = lab.make_mesh(dp=torch.distributed.get_world_size())["dp"]
+    torch.manual_seed(mesh.get_local_rank())  # the engine must make the starts equal
+    model = lab.GPT(lab.GPTConfig(**CONFIG)).to(dtype)
+    if engine == "fsdp2":
+        model = by_torch(model, mesh, reshard, param_dtype, reduce_dtype)
+    else:
+        model = fully_shard(
+            model,
+            mesh,
+            reshard_after_forward=reshard,
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
+        )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for step in range(5):
+        g = torch.Generator(device="cpu").manual_seed(
+            100 * step + mesh.get_local_rank()
+        )
+        tokens = torch.randint(256, (4, 17), generator=g, device="cpu")
+        loss = lab.cross_entropy(model(tokens[:, :-1]).float(), tokens[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    if engine == "fsdp2":
+        state = {
+            name: value.full_tensor() if isinstance(value, DTensor) else value
+            for name, value in model.state_dict().items()
+        }
+    else:
+        state = full_state_dict(model)
+    return losses, state
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)]
+)
+def test_parameters_equal_those_of_fsdp2(world2, dtype, tolerance, reshard):
+    ours = world2.run(train, "labpkg", dtype, reshard)
+    theirs = world2.run(train, "fsdp2", dtype, reshard)
+    for (losses, mine), (want, others) in zip(ours, theirs, strict=True):
+        assert losses == pytest.approx(want, rel=tolerance)
+        assert mine.keys() == others.keys()
+        for name, other in others.items():
+            assert (mine[name] - other).norm() <= tolerance * other.norm(), name
+
+
+@pytest.mark.parametrize("reduce_dtype", [None, torch.float32])
+def test_mixed_precision_follows_fsdp2(world2, reduce_dtype):
+    """Two terms have one order, halves are exact: even bf16 must agree bit by bit."""
+    options = {"param_dtype": torch.bfloat16, "reduce_dtype": reduce_dtype}
+    ours, theirs = (
+        world2.run(train, engine, torch.float32, **options)
+        for engine in ("labpkg", "fsdp2")
+    )
+    for (losses, mine), (want, others) in zip(ours, theirs, strict=True):
+        assert losses == want
+        for name, other in others.items():
+            assert torch.equal(mine[name], other), name
