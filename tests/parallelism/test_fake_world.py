@@ -1,7 +1,7 @@
 """A world of 1024 ranks in one process: its collectives return at once, unmeaningly.
 
 Bytes are exact all the same, so they are held against the formula, and against what
-torch's FSDP2 sends. Each test has a process of its own, which only plays rank 0.
+torch's FSDP2 sends. The tests share a process of their own, which only plays rank 0.
 """
 
 import math
@@ -53,10 +53,11 @@ def as_rank_0(play, *args):
     return found
 
 
-def in_a_process(play, *args):
+@pytest.fixture(scope="module")
+def fake_world():
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(as_rank_0, play, *args).result()
+        yield lambda play, *args: pool.submit(as_rank_0, play, *args).result()
 
 
 def take_step(model, optimizer):
@@ -84,8 +85,8 @@ def own_engine(mesh, model, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_step_moves_the_bytes_of_the_formula(stage):
-    found, formula = in_a_process(own_engine, stage)
+def test_a_step_moves_the_bytes_of_the_formula(fake_world, stage):
+    found, formula = fake_world(own_engine, stage)
     assert found == formula
 
 
@@ -106,9 +107,9 @@ def padded_rows(parameter: nn.Parameter) -> int:
     return rows * parameter[0].numel() * parameter.element_size()
 
 
-def test_fsdp2_moves_twice_as_many():
+def test_fsdp2_moves_twice_as_many(fake_world):
     """It gives each rank whole rows of each weight, so 384 rows are sent as 1024."""
-    found = in_a_process(fsdp2)
+    found = fake_world(fsdp2)
     model = lab.GPT(LARGE)
     padded = sum(map(padded_rows, model.parameters()))
     assert found == {FSDP2["all_gather"]: 2 * padded, FSDP2["reduce_scatter"]: padded}
