@@ -1,6 +1,7 @@
 """`clip_grad_norm` is torch's norm of the whole gradient, however it is cut."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from torch import nn
 
 import labpkg as lab
 from labpkg.parallelism.clipping import clip_grad_norm
+from labpkg.parallelism.fsdp import fully_shard
+from labpkg.parallelism.whole import full_state_dict, load_full_state_dict
+from labpkg.parallelism.zero import ZeroOptimizer
 from labpkg.processes.collectives import off
 from labpkg.processes.flat import shard_of
 from tests.parallelism.shards import cut_in_place, cut_whole
@@ -25,12 +29,15 @@ def world(request):
         yield request.getfixturevalue(f"world{request.param}")
 
 
-def model_with_gradients(dtype=torch.float64, scale=1.0):
+def model_with_gradients(dtype=torch.float64, scale=1.0, with_extras=True):
     """Build the same model and gradients everywhere; one parameter has none."""
     generator = torch.Generator("cpu").manual_seed(1)
+    torch.manual_seed(1)
     model = lab.MLP(*SIZES).to(dtype)
-    model.register_parameter("empty", nn.Parameter(torch.zeros(0, 2, dtype=dtype)))
-    model.register_parameter("unused", nn.Parameter(torch.ones(2, dtype=dtype)))
+    if with_extras:
+        nothing, ones = torch.zeros(0, 2, dtype=dtype), torch.ones(2, dtype=dtype)
+        model.register_parameter("empty", nn.Parameter(nothing))
+        model.register_parameter("unused", nn.Parameter(ones))
     for name, p in model.named_parameters():
         if name != "unused":
             random = torch.randn(p.shape, generator=generator, dtype=torch.float64)
@@ -78,16 +85,22 @@ def clipped(kind, max_norm, dtype=torch.float64, scale=1.0):
     return norm, pieces(model, whole), log["dp"].calls, log["dp"].payload_bytes
 
 
-@pytest.mark.parametrize("kind", ["replicated", "mixed", "stage 2", "stage 3"])
-def test_norm_and_gradients_are_those_of_one_process(world, kind):
-    for max_norm in (0.5, 1e3):
-        expected, _ = clipped_by_torch(max_norm)
-        for norm, pairs, calls, payload in world.run(clipped, kind, max_norm):
+KINDS = ("replicated", "mixed", "stage 2", "stage 3")
+
+
+def clipped_each_way():
+    return {(kind, m): clipped(kind, m) for kind in KINDS for m in (0.5, 1e3)}
+
+
+def test_norm_and_gradients_are_those_of_one_process(world):
+    for results in world.run(clipped_each_way):
+        for (kind, max_norm), (norm, pairs, calls, payload) in results.items():
+            expected, _ = clipped_by_torch(max_norm)
             torch.testing.assert_close(norm, expected, rtol=1e-14, atol=0)
             for gradient, reference in pairs:
                 torch.testing.assert_close(gradient, reference, rtol=1e-13, atol=0)
-            sharded = kind != "replicated"
-            assert (calls, payload) == (sharded, 8 * sharded)
+            is_cut = kind != "replicated"
+            assert (calls, payload) == (is_cut, 8 * is_cut)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -133,6 +146,56 @@ def test_a_rank_without_gradients_takes_part(world2):
     (own, norm), (nothing, other) = world2.run(one_rank_has_no_gradient)
     assert nothing == 0
     assert norm == other == pytest.approx(own, rel=1e-14)
+
+
+def training_data(num_ranks, rank):
+    generator = torch.Generator("cpu").manual_seed(3)
+    x = torch.randn(24, 5, dtype=torch.float64, generator=generator)
+    return x.tensor_split(num_ranks)[rank]
+
+
+def train(model, optimizer, x, clip):
+    norms = []
+    for _ in range(3):
+        model(x).square().mean().backward()
+        norms.append(clip())
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def trained_under(engine):
+    torch.manual_seed(torch.distributed.get_rank())
+    mesh = lab.make_mesh(dp=torch.distributed.get_world_size())["dp"]
+    model = lab.MLP(*SIZES).double()
+    load_full_state_dict(model, model_with_gradients(with_extras=False).state_dict())
+    if engine == "DataParallel":
+        model = lab.DataParallel(model, mesh)
+    elif engine == "stage 3":
+        model = fully_shard(model, mesh)
+    optimizer = lab.SGD(model.parameters(), lr=0.5)
+    if engine in ("stage 1", "stage 2"):
+        stage = int(engine[-1])
+        optimizer = ZeroOptimizer(
+            model.parameters(), lab.SGD, mesh, stage=stage, bucket_bytes=64, lr=0.5
+        )
+    x = training_data(mesh.size(), mesh.get_local_rank())
+    norms = train(model, optimizer, x, lambda: clip_grad_norm(model, 0.01))
+    return norms, dict(full_state_dict(model))
+
+
+@pytest.mark.parametrize("engine", ["DataParallel", "stage 1", "stage 2", "stage 3"])
+def test_training_with_clipping_is_that_of_one_process(world4, engine):
+    model = model_with_gradients(with_extras=False)
+    model.zero_grad()
+    optimizer = lab.SGD(model.parameters(), lr=0.5)
+    clip = partial(torch.nn.utils.clip_grad_norm_, [*model.parameters()], 0.01)
+    norms = train(model, optimizer, training_data(1, 0), clip)
+    assert min(norms) > 0.01  # all steps are clipped
+    for result in world4.run(trained_under, engine):
+        torch.testing.assert_close(
+            result, (norms, dict(model.state_dict())), rtol=1e-12, atol=1e-14
+        )
 
 
 def without_communication():
