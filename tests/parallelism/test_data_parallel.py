@@ -613,6 +613,24 @@ def test_gradients_travel_in_another_dtype(
                 assert g is None or torch.equal(g, g.bfloat16().to(dtype))
 
 
+def thirds():
+    mesh = lab.make_mesh(dp=3)["dp"]
+    torch.manual_seed(0)
+    model = nn.Linear(20, 20)
+    engine = lab.DataParallel(model, mesh, reduce_dtype=torch.float64)
+    engine(torch.randn(1, 20)).sum().backward()
+    return model.weight.grad
+
+
+def test_a_wider_dtype_takes_shares_without_rounding():
+    torch.manual_seed(0)
+    model = nn.Linear(20, 20)
+    model(torch.randn(1, 20)).sum().backward()
+    with lab.World(3, device="cpu") as world:
+        for grad in world.run(thirds):  # three float32 thirds are not always a whole
+            assert torch.equal(grad, model.weight.grad)
+
+
 def test_one_rank_takes_the_same_lines():
     with lab.World(1, device="cpu") as world:
         (grads,) = world.run(in_half, torch.float64, torch.float32, 2)
