@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import labpkg as lab
+from labpkg.parallelism.fsdp import fully_shard
+from labpkg.parallelism.whole import full_gradients, full_state_dict
+from labpkg.parallelism.zero import ZeroOptimizer
+from labpkg.planning.cost import zero_bytes
+from labpkg.processes.replicas import broadcast_state
 from tests.parallelism.models import without_parameters
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Traffic = dict[tuple[str, str], int]  # payload bytes by axis and collective
 BUCKET_BYTES = 200  # several buckets even for these models
+ANOTHER_MODEL = "another model on each rank"
 
 
 class OptimizerChoice(NamedTuple):
@@ -118,13 +124,14 @@ class _ShardedBatch:
         two_devices = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
         frozen = nn.Linear(2, 2).requires_grad_(False)
         twice = nn.Linear(2, 2)
+        first = wrap(twice)
         return {
             "no parameters": lambda: wrap(without_parameters()),
             "nothing to train": lambda: wrap(frozen),
             "a mesh of several axes": lambda: wrap(nn.Linear(2, 2), {"dp": mesh}),
-            "another model on each rank": lambda: wrap(nn.Linear(2, 2 + rank)),
+            ANOTHER_MODEL: lambda: wrap(nn.Linear(2, 2 + rank)),
             "parameters on two devices": lambda: wrap(two_devices),
-            "two engines": lambda: (wrap(twice), wrap(twice)),
+            "two engines": lambda: (first, wrap(twice)),
         }
 
 
@@ -159,4 +166,117 @@ class DataParallelEngine(_ShardedBatch):
         }
 
 
-ENGINES: dict[str, type[Engine]] = {"DataParallel": DataParallelEngine}
+class _ZeroEngine(_ShardedBatch):
+    """`ZeroOptimizer`: replicas of the weights, one slice of the optimizer's state."""
+
+    stage: ClassVar[int]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerChoice,
+        mesh: DeviceMesh,
+        *,
+        deterministic: bool = False,
+    ) -> None:
+        super().__init__(mesh)
+        self.model = model
+        self.optimizer = engine = ZeroOptimizer(
+            model.parameters(),
+            optimizer.kind,
+            self.mesh,
+            stage=self.stage,
+            bucket_bytes=BUCKET_BYTES,
+            deterministic=deterministic,
+            **optimizer.options,
+        )
+        self.no_sync = engine.no_sync
+        # The optimizer is given no buffers.
+        broadcast_state(model.buffers(), self.mesh)
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        return full_gradients(self.model)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def predicted_bytes(self, num_passes: int) -> Traffic:
+        predicted = zero_bytes(self.model, stage=self.stage)
+        return {("dp", op): nbytes for op, nbytes in predicted.items()}
+
+    @classmethod
+    def bad_inputs(cls, mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
+        def make(kind: Any, *, size: int = 9, stage: int = cls.stage) -> object:
+            parameters = [nn.Parameter(torch.ones(size))]
+            return ZeroOptimizer(parameters, kind, mesh["dp"], stage=stage, lr=0.1)
+
+        return {
+            **super().bad_inputs(mesh),
+            "more ranks than elements": lambda: make(lab.SGD, size=1),
+            "an optimizer that is not elementwise": lambda: make(torch.optim.LBFGS),
+            "a stage of another engine": lambda: make(lab.SGD, stage=3),
+        }
+
+
+class ZeroOneEngine(_ZeroEngine):
+    """Stage 1 keeps a buffer of all gradients."""
+
+    stage = 1
+
+
+class ZeroTwoEngine(_ZeroEngine):
+    """Stage 2 frees it."""
+
+    stage = 2
+
+
+class FullyShardEngine(_ShardedBatch):
+    """`fully_shard`: slices of weights, gradients and state."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerChoice,
+        mesh: DeviceMesh,
+        *,
+        deterministic: bool = False,
+    ) -> None:
+        super().__init__(mesh)
+        self.bytes_per_pass = zero_bytes(model, stage=3)
+        self.model = fully_shard(model, self.mesh, deterministic=deterministic)
+        self.optimizer = optimizer.kind(self.model.parameters(), **optimizer.options)
+        self.no_sync = nullcontext  # nobody could hold whole gradients
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        return full_gradients(self.model)
+
+    def state(self) -> dict[str, Tensor]:
+        return full_state_dict(self.model)
+
+    def predicted_bytes(self, num_passes: int) -> Traffic:
+        return {
+            ("dp", op): num_passes * nbytes
+            for op, nbytes in self.bytes_per_pass.items()
+        }
+
+    @classmethod
+    def bad_inputs(cls, mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
+        def shard(model: nn.Module, **options: Any) -> object:
+            return fully_shard(model, mesh["dp"], **options)
+
+        stranger = nn.Linear(2, 2)
+        inputs = super().bad_inputs(mesh)
+        del inputs["nothing to train"]  # a frozen model may be sharded, to save memory
+        return {
+            **inputs,
+            "more ranks than elements": lambda: shard(nn.Linear(1, 1, bias=False)),
+            "a foreign unit": lambda: shard(nn.Linear(2, 2), units=[stranger]),
+        }
+
+
+ENGINES: dict[str, type[Engine]] = {
+    "DataParallel": DataParallelEngine,
+    "ZeroOptimizer-1": ZeroOneEngine,
+    "ZeroOptimizer-2": ZeroTwoEngine,
+    "fully_shard": FullyShardEngine,
+}
