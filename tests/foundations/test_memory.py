@@ -9,6 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import labpkg as lab
 from labpkg.foundations.memory import live_tensor_bytes
+from labpkg.parallelism.fsdp import fully_shard
+from labpkg.parallelism.zero import ZeroOptimizer
+from labpkg.planning.cost import model_state_bytes
 from labpkg.processes.in_place import all_reduce_
 
 
@@ -52,6 +55,37 @@ def test_replicas_hold_everything_and_the_flags_of_their_buckets(world2):
     p = 4 * sum(parameter.numel() for parameter in model.parameters())
     expected = p + lab.data_parallel_bytes(model) + 2 * p
     assert world2.run(train_replica) == [expected] * 2
+
+
+def train_at(stage):
+    mesh = lab.make_mesh(dp=4)["dp"]
+    first = torch.zeros(1)
+    all_reduce_(first, mesh).wait()
+    before = live_tensor_bytes()
+    model = lab.MLP(64, 256, 256, 12)  # four ranks divide every layer evenly
+    if stage == 0:
+        model = lab.DataParallel(model, mesh)
+    if stage == 3:
+        model = fully_shard(model, mesh)
+    if stage in (1, 2):
+        optimizer = ZeroOptimizer(
+            model.parameters(), lab.AdamW, mesh, stage=stage, lr=0.1
+        )
+    else:
+        optimizer = lab.AdamW(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.rand(5, 64)).sum().backward()
+        optimizer.step()
+    return live_tensor_bytes() - before
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_stages_hold_what_the_formula_says(world4, stage):
+    num_elements = sum(p.numel() for p in lab.MLP(64, 256, 256, 12).parameters())
+    predicted = model_state_bytes(num_elements, stage=stage, n=4)
+    # The flags of the used parameters are not in the formula.
+    assert world4.run(train_at, stage) == pytest.approx([predicted] * 4, abs=32)
 
 
 def test_views_and_ties_share_a_storage(grown):
