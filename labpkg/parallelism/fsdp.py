@@ -7,8 +7,9 @@ backward has ended. So a rank holds 1/n of parameters, gradients and optimizer s
 the root while the model computes, and at most two more units: one that computes, and
 the next, whose all_gather runs meanwhile.
 
-Every rank must call the same units in the same order; inside a unit each may use other
-parameters. What a unit computes must leave it by its output, where backward enters it.
+Every rank must call the same units in the same order and join them alike; inside a unit
+each may use other parameters. What a unit computes must leave it by its output, where
+backward enters it.
 
 Chapter: parallelism/zero. References: Rajbhandari et al. 2020, SC20, arXiv:1910.02054;
 Zhao et al. 2023, PyTorch FSDP, PVLDB 16(12):3848-3860, arXiv:2304.11277.
@@ -16,7 +17,7 @@ Zhao et al. 2023, PyTorch FSDP, PVLDB 16(12):3848-3860, arXiv:2304.11277.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -30,10 +31,8 @@ from labpkg.processes.in_place import all_reduce_
 from labpkg.processes.replicas import (
     GradientHook,
     broadcast_state,
-    release,
     require_same_model,
 )
-from labpkg.processes.traffic import axis_of
 from labpkg.processes.units import (
     Reduction,
     Unit,
@@ -41,6 +40,8 @@ from labpkg.processes.units import (
     default_units,
     members_of_units,
     memory_of,
+    require_shardable,
+    tensors_in,
 )
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -61,7 +62,8 @@ def fully_shard(
     The model is changed in place. Names stay; `model.parameters()` yields this rank's
     flat slices (possibly empty), see `shard_of`. After `backward()` their `.grad` is
     the slice of the mean gradient over the ranks, None where no rank used the
-    parameter. So an elementwise optimizer, made afterwards, trains its part alone.
+    parameter. So any elementwise optimizer, made afterwards, trains its part alone (not
+    LBFGS, Adafactor or Muon, which need whole parameters).
 
     Call the model itself: only that gathers its parameters. Make changes to it (dtype,
     device, more layers) before; copies and pickles of a sharded model are refused.
@@ -94,7 +96,7 @@ def fully_shard(
 
     Reference: Rajbhandari et al. 2020, ZeRO, SC20, arXiv:1910.02054.
     """
-    _require_model(model, mesh)
+    require_shardable(model, mesh)
     modules = default_units(model) if units is None else checked_units(model, units)
     require_same_model(model, mesh)
     broadcast_state((*model.parameters(), *model.buffers()), mesh)
@@ -126,12 +128,11 @@ class _FullyShard:
         self._mesh, self._reshard = mesh, reshard
         self._param_dtype, self._deterministic = param_dtype, deterministic
         self._units: list[Unit] = []
-        self._slices: list[nn.Parameter] = []
         self._ahead: Unit | None = None  # gathered for the next computation
-        self._stack: list[Unit] = []  # in forward: root, unit, unit inside it
+        self._stack: list[int] = []  # in forward: root, unit, unit inside it
         self._order: list[Unit] = []  # units in the last forward
         self._calls: list[Unit] = []  # and in this one
-        self._tape: list[int] = []  # the numbers of those that backward will enter
+        self._tape: list[tuple[int, ...]] = []  # stacks that backward will enter
         self._task: int | None = None  # of autograd, in backward
         self._used: set[nn.Parameter] = set()
         self._flying: list[Reduction] = []
@@ -148,22 +149,22 @@ class _FullyShard:
         number = len(self._units)
         self._units.append(unit)
         for g, group in enumerate(unit.groups):
-            self._slices += group.sliced
-            for i, (full, sliced) in enumerate(
-                zip(group.full, group.sliced, strict=True)
-            ):
-                if group.is_trained:
-                    hook = GradientHook(self, _FullyShard._take, number, g, i)
-                    full.register_post_accumulate_grad_hook(hook)
-                    # So that no other engine takes the slice for a parameter.
-                    owned = GradientHook(self, _FullyShard._own)
-                    owned.name = "fully_shard"
-                    sliced.register_post_accumulate_grad_hook(owned)
+            for i in range(len(group.full) if group.is_trained else 0):
+                hook = self._hook(_FullyShard._take, number, g, i)
+                group.full[i].register_post_accumulate_grad_hook(hook)
+                # So that no other engine takes the slice for a parameter.
+                owned = self._hook(_FullyShard._own)
+                group.sliced[i].register_post_accumulate_grad_hook(owned)
         before = partial(self._before, number)
         module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
         module.register_forward_hook(partial(self._after, number), always_call=True)
 
-    def accumulated(self, step: Any, *place: Any) -> None:
+    def _hook(self, step: Callable[..., None], *place: Any) -> GradientHook:
+        hook = GradientHook(self, step, *place)
+        hook.name = "fully_shard"
+        return hook
+
+    def accumulated(self, step: Callable[..., None], *place: Any) -> None:
         """Do what a hook of autograd asks for; see `GradientHook`."""
         step(self, *place)
 
@@ -175,7 +176,7 @@ class _FullyShard:
         recomputes = self._in_backward()
         if number == 0 and not recomputes:
             self._stack.clear()  # of a forward pass that an interrupt broke off
-        self._stack.append(unit)
+        self._stack.append(number)
         if not recomputes:
             if len(self._stack) == 1:
                 self._begin(module if number == 0 else None)
@@ -185,7 +186,7 @@ class _FullyShard:
         if self._param_dtype is not None:
             args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
         if torch.is_grad_enabled():
-            hook = GradientHook(self, _FullyShard._leave, number)
+            hook = self._hook(_FullyShard._leave, number)
             for x in tree_leaves((args, kwargs)):
                 if isinstance(x, Tensor) and x.grad_fn is not None:
                     x.register_hook(hook)
@@ -193,24 +194,24 @@ class _FullyShard:
 
     def _after(self, number: int, _: nn.Module, __: Any, output: Any) -> None:
         unit = self._units[number]
-        if unit not in self._stack:
+        if number not in self._stack:
             return
-        while self._stack.pop() is not unit:
+        while self._stack.pop() != number:
             pass
-        nodes = [x.grad_fn for x in _tensors(output) if x.grad_fn is not None]
+        nodes = [x.grad_fn for x in tensors_in(output) if x.grad_fn is not None]
         nodes = nodes if torch.is_grad_enabled() else []
-        if not unit.in_backward and unit not in self._stack:
+        if not unit.in_backward and number not in self._stack:
             unit.leave()
             if self._reshard or not nodes:
                 unit.free()
         if nodes:
-            self._tape.append(number)
+            self._tape.append((*self._stack, number))
             place = (self._tape, len(self._tape) - 1, unit.version())
-            hook = GradientHook(self, _FullyShard._enter, *place)
+            hook = self._hook(_FullyShard._enter, *place)
             for node in nodes:
                 node.register_prehook(hook)
         if not self._stack and not self._in_backward():
-            self._order = self._calls
+            self._order = self._calls if number == 0 else self._order
             self._drop_ahead()
 
     def _in_backward(self) -> bool:
@@ -282,10 +283,10 @@ class _FullyShard:
                 "or restart from a checkpoint"
             )
 
-    def _enter(self, tape: list[int], i: int, version: int) -> None:
+    def _enter(self, tape: list[tuple[int, ...]], i: int, version: int) -> None:
         """Gather a unit for its backward pass, and then the one before it."""
         self._join_backward()
-        unit = self._units[tape[i]]
+        *around, unit = (self._units[number] for number in tape[i])
         if unit.in_backward:  # by another of its outputs
             return
         if unit.version() != version:
@@ -293,9 +294,15 @@ class _FullyShard:
                 "parameters were changed between a forward pass and its backward "
                 "pass, so gradients would be those of another model; step afterwards"
             )
-        unit.in_backward = True
-        self._gather(unit, self._units[tape[i - 1]] if i else None)
-        unit.enter()
+        for outer in around:  # not yet, if the loss leaves out its output
+            self._open(outer, None)
+        self._open(unit, self._units[tape[i - 1][-1]] if i else None)
+
+    def _open(self, unit: Unit, following: Unit | None) -> None:
+        if not unit.in_backward:
+            unit.in_backward = True
+            self._gather(unit, following)
+            unit.enter()
 
     def _take(self, number: int, g: int, i: int) -> None:
         """Move a gradient into its bucket; at most two buckets besides the root's."""
@@ -365,53 +372,8 @@ def _autograd_task() -> int:
     return torch._C._current_graph_task_id()
 
 
-def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield the tensors in an output, also those in objects of unknown classes."""
-    seen = set() if seen is None else seen
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif (
-            hasattr(leaf, "__dict__")
-            and not isinstance(leaf, nn.Module | type)
-            and id(leaf) not in seen
-        ):
-            seen.add(id(leaf))
-            yield from _tensors(dict(vars(leaf)), seen)
-
-
 def _changed(name: str, what: str) -> str:
     return (
         f"{name} was {what} after fully_shard, which knows only the slices that it "
         "made; change the model first, then shard it"
     )
-
-
-def _require_model(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Refuse what cannot be sharded, before anything is sent."""
-    n = axis_of(mesh).size
-    named = dict(model.named_parameters())
-    num_elements = sum(p.numel() for p in named.values())
-    if num_elements < n:
-        raise ValueError(
-            f"the model has {num_elements} elements in {len(named)} parameters, fewer "
-            f"than the axis has ranks ({n}); use DataParallel, or a smaller axis"
-        )
-    for name, tensor in (*named.items(), *model.named_buffers()):
-        if tensor.device.type != mesh.device_type:
-            raise ValueError(
-                f"{name} is on {tensor.device}, the mesh on {mesh.device_type}; move "
-                f"the model first: model.to({mesh.device_type!r})"
-            )
-    for name, layer in model.named_modules():
-        if getattr(layer, "sparse", False):
-            raise ValueError(
-                f"{name} makes sparse gradients, which have no place in a bucket; "
-                "build it with sparse=False"
-            )
-    for name, parameter in named.items():
-        if shard_of(parameter) is not None:
-            raise ValueError(
-                f"{name} is sharded already; shard a model once, as a whole"
-            )
-        release(name, parameter)

@@ -11,15 +11,19 @@ Chapter: parallelism/zero. Reference: Zhao et al. 2023, PyTorch FSDP, PVLDB 16(1
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_leaves
 
-from labpkg.processes.flat import ShardedBucket, mark_shard
+from labpkg.processes.flat import ShardedBucket, mark_shard, shard_of
 from labpkg.processes.in_place import all_gather_, reduce_scatter_
+from labpkg.processes.replicas import release
+from labpkg.processes.traffic import axis_of
 from labpkg.processes.transport import Work
 
 # The parameters of a unit, and where modules keep each: in several places if tied.
@@ -290,3 +294,48 @@ def members_of_units(
     for parameter, found in places.items():
         members[homes[parameter][-1]][parameter] = found
     return members
+
+
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Yield the tensors in an output, also those in objects of unknown classes."""
+    seen = set() if seen is None else seen
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif id(leaf) not in seen and not isinstance(leaf, nn.Module | type):
+            seen.add(id(leaf))
+            if dataclasses.is_dataclass(leaf):  # it may have slots
+                names = [field.name for field in dataclasses.fields(leaf)]
+                yield from tensors_in([getattr(leaf, name) for name in names], seen)
+            elif hasattr(leaf, "__dict__"):
+                yield from tensors_in(dict(vars(leaf)), seen)
+
+
+def require_shardable(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Refuse what cannot be sharded, before anything is sent."""
+    n = axis_of(mesh).size
+    named = dict(model.named_parameters())
+    num_elements = sum(p.numel() for p in named.values())
+    if num_elements < n:
+        raise ValueError(
+            f"the model has {num_elements} elements in {len(named)} parameters, fewer "
+            f"than the axis has ranks ({n}); use DataParallel, or a smaller axis"
+        )
+    for name, tensor in (*named.items(), *model.named_buffers()):
+        if tensor.device.type != mesh.device_type:
+            raise ValueError(
+                f"{name} is on {tensor.device}, the mesh on {mesh.device_type}; move "
+                f"the model first: model.to({mesh.device_type!r})"
+            )
+    for name, layer in model.named_modules():
+        if getattr(layer, "sparse", False):
+            raise ValueError(
+                f"{name} makes sparse gradients, which have no place in a bucket; "
+                "build it with sparse=False"
+            )
+    for name, parameter in named.items():
+        if shard_of(parameter) is not None:
+            raise ValueError(
+                f"{name} is sharded already; shard a model once, as a whole"
+            )
+        release(name, parameter)

@@ -211,7 +211,7 @@ class Twice(nn.Module):
 class Remote(nn.Module):
     """The output of a unit is an object, and its input is changed in place."""
 
-    @dataclass
+    @dataclass(slots=True)
     class Answer:
         hidden: dict[str, Tensor]
         note: str = "opaque"
@@ -245,7 +245,8 @@ class Lists(nn.Module):
         super().__init__()
         rows = [nn.ModuleList([nn.Linear(WIDTH, WIDTH)]) for _ in range(2)]
         self.rows = nn.ModuleList(rows)
-        self.named = nn.ModuleDict({"a": nn.Sequential(nn.Linear(WIDTH, WIDTH))})
+        layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.PReLU())  # 1 element
+        self.named = nn.ModuleDict({"a": layers})
         self.lstm = nn.LSTM(2, 2, batch_first=True)
         self.gains = nn.ParameterList([nn.Parameter(torch.ones(WIDTH))])
 
@@ -280,19 +281,29 @@ def some_inputs_and_some_outputs():
     assert whole_bytes() == 0
     model.blocks[0](x).sum().backward()  # a unit alone
     touched = {n for n, g in full_gradients(model).items() if g is not None}
+    model.zero_grad()
+    features = []
+    hook = model.blocks[0].register_forward_hook(lambda *v: features.append(v[2]))
+    model(x)
+    hook.remove()
+    (early,) = torch.autograd.grad(features[0].sum(), x)  # past the root's output
     for p in model.parameters():  # a penalty on the slices themselves
         p.grad = None
     sum(p.pow(2).sum() for p in model.parameters()).backward()
     penalty = full_gradients(model)
-    return slope, touched, penalty, full_state_dict(model)
+    return (slope, early), touched, penalty, full_state_dict(model)
 
 
 def test_other_ways_into_the_graph(world2):
     model = build()
     x = batch()[0][:2].requires_grad_()
-    (want,) = torch.autograd.grad(model(x).sum(), x)
-    for slope, touched, penalty, state in world2.run(some_inputs_and_some_outputs):
-        assert torch.allclose(slope, want, rtol=TOLERANCE, atol=0)
+    wants = (
+        *torch.autograd.grad(model(x).sum(), x),
+        *torch.autograd.grad(model.blocks[0](model.embed(x)).sum(), x),
+    )
+    for slopes, touched, penalty, state in world2.run(some_inputs_and_some_outputs):
+        for slope, want in zip(slopes, wants, strict=True):
+            assert torch.allclose(slope, want, rtol=TOLERANCE, atol=0)
         assert touched == {n for n in penalty if n.startswith("blocks.0.")}
         for name, gradient in penalty.items():
             assert torch.equal(gradient, 2 * state[name])
