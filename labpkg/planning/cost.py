@@ -161,11 +161,8 @@ def model_state_bytes(
             f"must be at least 0 and n={n} at least 1; optimizer_bytes=0 is SGD "
             "without momentum"
         )
-    per_element = [
-        nbytes / n if stage >= divided_from else nbytes
-        for divided_from, nbytes in ((3, weight_bytes), (2, gradient_bytes))
-    ]
-    per_element.append(optimizer_bytes / n if stage >= 1 else optimizer_bytes)
+    first_cut_at = ((weight_bytes, 3), (gradient_bytes, 2), (optimizer_bytes, 1))
+    per_element = [b / n if stage >= first else b for b, first in first_cut_at]
     return num_elements * sum(per_element)
 
 
@@ -199,18 +196,21 @@ def zero_bytes(
         rank sends, and `labpkg.count_comms` counts the same.
 
     Raises:
-        ValueError: for a stage outside 0 to 3.
+        ValueError: for a stage outside 0 to 3, or if a stage below 3 should not
+            reshard: it never frees weights.
 
     Reference:
         Rajbhandari et al. 2020, arXiv:1910.02054, section 7.
     """
     _check_stage(stage)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if stage == 0:
-        sent = (
-            (gradient_bytes or p.element_size()) * (p.numel() + 1) for p in trainable
+    if stage < 3 and not reshard_after_forward:
+        raise ValueError(
+            f"reshard_after_forward=False has no effect at stage={stage}, where weights "
+            "stay whole; leave it out"
         )
-        return {"all_reduce": sum(sent)}
+    if stage == 0:
+        return {"all_reduce": data_parallel_bytes(model, itemsize=gradient_bytes)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
     gathered = model.parameters() if stage == 3 else trainable
     times = 2 if stage == 3 and reshard_after_forward else 1
     return {

@@ -134,6 +134,8 @@ def test_zero_bytes_count_halves_of_an_all_reduce_and_flags():
     assert zero_bytes(model, stage=3, reshard_after_forward=False) == sharded
     with pytest.raises(ValueError, match="stage=4 must be 0, 1, 2 or 3"):
         zero_bytes(model, stage=4)
+    with pytest.raises(ValueError, match="has no effect at stage=2"):
+        zero_bytes(model, stage=2, reshard_after_forward=False)
 
 
 def test_zero_bytes_in_other_dtypes():
