@@ -205,8 +205,8 @@ def zero_bytes(
     _check_stage(stage)
     if stage < 3 and not reshard_after_forward:
         raise ValueError(
-            f"reshard_after_forward=False has no effect at stage={stage}, where weights "
-            "stay whole; leave it out"
+            f"reshard_after_forward=False has no effect at stage={stage}, where "
+            "weights stay whole; leave it out"
         )
     if stage == 0:
         return {"all_reduce": data_parallel_bytes(model, itemsize=gradient_bytes)}
