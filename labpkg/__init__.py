@@ -76,6 +76,11 @@ _EXPORTS = {
     "mean_weight": "parallelism.data_parallel",
     "clip_grad_norm": "parallelism.clipping",
     "ZeroOptimizer": "parallelism.zero",
+    "fully_shard": "parallelism.fsdp",
+    "full_gradients": "parallelism.whole",
+    "full_state_dict": "parallelism.whole",
+    "load_full_state_dict": "parallelism.whole",
+    "param_groups": "parallelism.whole",
     "Trainer": "runs.trainer",
     "TrainConfig": "runs.config",
     "TrainResult": "runs.trainer",
@@ -122,6 +127,11 @@ if TYPE_CHECKING:
         average_gradients_bucketed as average_gradients_bucketed,
     )
     from labpkg.parallelism.data_parallel import mean_weight as mean_weight
+    from labpkg.parallelism.fsdp import fully_shard as fully_shard
+    from labpkg.parallelism.whole import full_gradients as full_gradients
+    from labpkg.parallelism.whole import full_state_dict as full_state_dict
+    from labpkg.parallelism.whole import load_full_state_dict as load_full_state_dict
+    from labpkg.parallelism.whole import param_groups as param_groups
     from labpkg.parallelism.zero import ZeroOptimizer as ZeroOptimizer
     from labpkg.planning.communication import AlphaBeta as AlphaBeta
     from labpkg.planning.communication import Level as Level
