@@ -160,9 +160,11 @@ class DataParallelEngine(_ShardedBatch):
         return self.model.state_dict()
 
     def predicted_bytes(self, num_passes: int) -> Traffic:
+        gradients = lab.data_parallel_bytes(self.model)
+        everything = lab.data_parallel_bytes(self.model, buffers=True)
         return {
-            ("dp", "all_reduce"): lab.data_parallel_bytes(self.model),
-            ("dp", "broadcast"): sum(b.nbytes for b in self.model.buffers()),
+            ("dp", "all_reduce"): gradients,
+            ("dp", "broadcast"): everything - gradients,
         }
 
 
