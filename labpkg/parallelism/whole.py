@@ -157,12 +157,8 @@ def load_full_state_dict(
     local = dict(state)
     for name, variable in variables.items():
         shard = shard_of(variable) if isinstance(variable, Tensor) else None
-        if shard is not None:
-            piece = _cut(state[name], shard)
-            with torch.no_grad():
-                shard.local.copy_(piece)
-            if variable is shard.local:
-                local[name] = piece
+        if shard is not None and variable is shard.local:
+            local[name] = _cut(state[name], shard)
     model_or_optimizer.load_state_dict(local)
 
 

@@ -113,7 +113,7 @@ def train_and_save(engine):
 
 
 def load_and_train(engine, saved):
-    trained = {}
+    trained, given = {}, copy.deepcopy(saved)
     for optimizer, (model_state, state) in saved.items():
         model, opt = build(engine, optimizer, seed=7)
         load_full_state_dict(model, model_state)
@@ -121,6 +121,7 @@ def load_and_train(engine, saved):
         assert opt.param_groups[0]["lr"] == 0.2
         descend(model, opt, range(3, 5), engine == "slices")
         trained[optimizer] = full_state_dict(model), full_state_dict(opt)
+    assert_equal_states(saved, given)  # training does not write to what was loaded
     return trained
 
 
@@ -187,6 +188,7 @@ def gradients(kind):
         cut_whole([*model.parameters()], mesh)
     with lab.count_comms() as log:
         whole = full_gradients(model)
+    model.zero_grad(set_to_none=False)  # the result is a copy
     return whole, log["dp", "all_gather"].calls
 
 
@@ -311,6 +313,24 @@ def test_states_of_other_optimizers_are_refused_on_every_rank(world2):
             strict=True,
         ):
             assert expected in message
+
+
+def state_of_another_dtype():
+    _, opt = build("slices", "torch AdamW")
+    parameters = [p for group in opt.param_groups for p in group["params"]]
+    for i, p in enumerate(parameters):
+        opt.state[p]["third"] = torch.full(p.shape, 1 / 3, dtype=torch.float32) * i
+    return full_state_dict(opt, device="cpu")["state"]
+
+
+def test_state_keeps_its_own_dtype(world2):
+    _, opt = build("one process", "AdamW")
+    parameters = [p for group in opt.param_groups for p in group["params"]]
+    for state in world2.run(state_of_another_dtype):
+        for i, p in enumerate(parameters):
+            third = torch.full(p.shape, 1 / 3, dtype=torch.float32) * i
+            assert torch.equal(state[i]["third"], third)
+            assert state[i]["third"].dtype == torch.float32
 
 
 def save_factored_state():
