@@ -135,8 +135,8 @@ class _FullyShard:
         self._tape: list[tuple[int, ...]] = []  # stacks that backward will enter
         self._task: int | None = None  # of autograd, in backward
         self._used: set[nn.Parameter] = set()
-        self._flying: list[Reduction] = []
-        self._landed: list[Reduction] = []
+        self._flying: list[Reduction] = []  # of one unit
+        self._landed: list[Reduction] = []  # their slices
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -148,9 +148,9 @@ class _FullyShard:
         """Take charge of a unit; the first is the root."""
         number = len(self._units)
         self._units.append(unit)
-        for g, group in enumerate(unit.groups):
+        for group in unit.groups:
             for i in range(len(group.full) if group.is_trained else 0):
-                hook = self._hook(_FullyShard._take, number, g, i)
+                hook = self._hook(_FullyShard._take, group.sliced[i])
                 group.full[i].register_post_accumulate_grad_hook(hook)
                 # So that no other engine takes the slice for a parameter.
                 owned = self._hook(_FullyShard._own)
@@ -304,49 +304,45 @@ class _FullyShard:
             self._gather(unit, following)
             unit.enter()
 
-    def _take(self, number: int, g: int, i: int) -> None:
-        """Move a gradient into its bucket; at most two buckets besides the root's."""
+    def _take(self, sliced: nn.Parameter) -> None:
+        """Remember that this rank has a gradient."""
         self._join_backward()
-        group = self._units[number].groups[g]
-        if group.gradient is None:
-            self._land(1)
-        group.take(i)
-        self._used.add(group.sliced[i])
+        self._used.add(sliced)
 
     def _leave(self, number: int) -> None:
         if self._units[number].in_backward:
             self._close(self._units[number])
 
     def _close(self, unit: Unit) -> None:
-        """End the backward pass of a unit: reduce gradients, free parameters."""
+        """End the backward pass of a unit: free parameters, reduce gradients."""
         unit.in_backward = False
         unit.leave()
         unit.free()
-        for group in unit.groups:
-            if group.is_trained:
-                reduction = group.reduce(deterministic=self._deterministic)
-                self._flying.append(reduction)
-                self._land(2)
+        self._land()  # what flew while this unit computed
+        self._flying = [
+            group.reduce(deterministic=self._deterministic)
+            for group in unit.groups
+            if group.is_trained
+        ]
 
-    def _land(self, num_flying: int) -> None:
-        """Wait for the oldest reductions, until only so many are in flight."""
-        while len(self._flying) > num_flying:
-            reduction = self._flying.pop(0)
+    def _land(self) -> None:
+        for reduction in self._flying:
             reduction.wait()
-            self._landed.append(reduction)
+        self._landed += self._flying
+        self._flying = []
 
     @torch.no_grad()
     def _finish(self) -> None:
         """End the backward pass: reduce what is left and deliver all gradients."""
         for unit in self._units:
-            if unit.in_backward or any(g.gradient is not None for g in unit.groups):
+            if unit.in_backward or any(g.has_gradients() for g in unit.groups):
                 self._close(unit)
         trained = [
             p for u in self._units for g in u.groups if g.is_trained for p in g.sliced
         ]
         if trained:
             used = self._agree(trained)
-            self._land(0)
+            self._land()
             for reduction in self._landed:
                 reduction.deliver(used)
         self._landed.clear()

@@ -2,8 +2,7 @@
 
 A `Unit` swaps, in its modules, this rank's slices of the parameters for whole ones and
 back. Its memory comes in a `Group` for each dtype: a slice that stays, a flat buffer
-that is gathered and freed, and a bucket in which gradients come together until they are
-reduced into slices.
+that is gathered and freed, and gradients that are reduced into slices.
 
 Chapter: parallelism/zero. Reference: Zhao et al. 2023, PyTorch FSDP, PVLDB 16(12):
 3848-3860, arXiv:2304.11277.
@@ -67,9 +66,6 @@ class Group:
             for view in self.bucket.views(self.flat)
         ]
         self.reduce_dtype = reduce_dtype or self.flat.dtype
-        self.gradient: Tensor | None = None  # of the whole, while backward fills it
-        self.views: list[Tensor] = []
-        self.ready: set[int] = set()
         self.work: Work | None = None
         self.free()
 
@@ -95,35 +91,24 @@ class Group:
         self.wait()
         self.flat.untyped_storage().resize_(0)
 
-    def open(self) -> Tensor:
-        """Return the bucket of the gradients, with memory."""
-        if self.gradient is None:
-            size = self.bucket.num_elements
-            self.gradient = self.flat.new_empty(size, dtype=self.reduce_dtype)
-            self.views = self.bucket.views(self.gradient)
-        return self.gradient
-
-    def take(self, i: int) -> None:
-        """Move the gradient of parameter i into the bucket, times 1/n."""
-        self.open()
-        gradient, share = self.full[i].grad, 1 / self.mesh.size()
-        assert gradient is not None
-        self.full[i].grad = None
-        gradient = gradient.detach().to(self.reduce_dtype)
-        if i in self.ready:  # the unit was used twice
-            self.views[i].add_(gradient, alpha=share)
-        else:
-            torch.mul(gradient, share, out=self.views[i])
-            self.ready.add(i)
+    def has_gradients(self) -> bool:
+        """Whether backward has left any on the whole parameters."""
+        return any(parameter.grad is not None for parameter in self.full)
 
     def reduce(self, *, deterministic: bool) -> Reduction:
-        """Start to sum the gradients over the ranks; one that is missing here is 0."""
-        whole = self.open()
-        for i, view in enumerate(self.views):
-            if i not in self.ready:
+        """Start to average the gradients; one that is missing here counts as 0.
+
+        They stay where autograd made them until the unit's backward has ended: a bucket
+        from the start would lie beside the unit's activations.
+        """
+        size, share = self.bucket.num_elements, 1 / self.mesh.size()
+        whole = self.flat.new_empty(size, dtype=self.reduce_dtype)
+        for parameter, view in zip(self.full, self.bucket.views(whole), strict=True):
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
                 view.zero_()
-        self.gradient, self.views = None, []
-        self.ready.clear()
+            else:
+                torch.mul(gradient.detach().to(whole.dtype), share, out=view)
         return Reduction(self, whole, deterministic=deterministic)
 
 
@@ -140,7 +125,7 @@ class Reduction:
     def wait(self) -> None:
         """Return when the slice may be read."""
         self.work.wait()
-        del self.whole
+        del self.work, self.whole  # the handle holds the memory, too
 
     def deliver(self, used: set[nn.Parameter]) -> None:
         """Add the mean gradient to the slices of the parameters that any rank used."""

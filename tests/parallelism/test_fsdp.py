@@ -5,6 +5,7 @@ import gc
 import pickle
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def batch(step: int = 0) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def build(kind=Tower, *args, **kwargs) -> nn.Module:
+def build(kind=Tower, *args, **kwargs) -> Any:
     torch.manual_seed(42 + (dist.get_rank() if dist.is_initialized() else 0))
     return kind(*args, **kwargs).double()
 
@@ -86,7 +87,7 @@ def axis():
     return lab.make_mesh(dp=dist.get_world_size())["dp"]
 
 
-def sharded(kind=Tower, *args, units="default", **options) -> nn.Module:
+def sharded(kind=Tower, *args, units="default", **options) -> Any:
     model = build(kind, *args)
     if units == "nested":
         options["units"] = [*model.blocks, *(b.inner for b in model.blocks)]
