@@ -183,6 +183,7 @@ class Channel:
             while (task := self.tasks.get()) is not None:
                 self.call = task.call
                 broken = task.do(broken) or broken
+                del task  # it holds tensors, and the next one may be long in coming
                 self.call = ""
                 if broken is not None:  # peers must not wait for this rank
                     self.hang_up()
