@@ -227,15 +227,21 @@ def _require_below_one(name: str, value: float) -> None:
 
 
 def elementwise_defaults(
-    cls: type[torch.optim.Optimizer], options: dict[str, Any], *, device: str = "cpu"
+    cls: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    *,
+    group: dict[str, Any] | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Return the defaults of an optimizer; refuse one that looks beyond an element.
 
-    A small matrix is updated whole and in two slices: the results must be equal.
+    A small matrix is updated whole, and in two slices, each a group that `step` updates
+    by itself: the results must be equal.
 
     Args:
         cls: The optimizer's class.
         options: What it is made with, besides the parameters.
+        group: Options of a parameter group, where they differ.
         device: Where to try it.
 
     Returns:
@@ -249,20 +255,25 @@ def elementwise_defaults(
     start, *gradients = random.to(device)
     whole = nn.Parameter(start.view(3, 4).clone())
     pieces = [nn.Parameter(part.clone()) for part in start.split([5, 7])]
-    optimizer = cls([whole], **options)
+    group = group or {}
+    optimizer = cls([{**group, "params": [whole]}], **options)
     try:
-        sliced = cls(pieces, **options)
+        sliced = cls([{**group, "params": [piece]} for piece in pieces], **options)
+        alone = sliced.param_groups
         for gradient in gradients:
             whole.grad = gradient.view(3, 4).clone()
-            for piece, part in zip(pieces, gradient.split([5, 7]), strict=True):
-                piece.grad = part.clone()
             optimizer.step()
-            sliced.step()
+            for i, part in enumerate(gradient.split([5, 7])):
+                pieces[i].grad = part.clone()
+                sliced.param_groups = [alone[i]]
+                sliced.step()
     except Exception as error:
         raise _no_slices(cls, f"it fails on them: {error}") from error
     together = torch.cat([piece.detach() for piece in pieces])
     if not torch.allclose(whole.detach().view(-1), together, rtol=1e-9, atol=1e-12):
-        raise _no_slices(cls, "what it does to one element depends on others")
+        raise _no_slices(
+            cls, "an update of one element depends on others, or on earlier calls"
+        )
     return optimizer.defaults
 
 

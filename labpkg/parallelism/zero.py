@@ -38,7 +38,7 @@ from labpkg.processes.replicas import (
 from labpkg.processes.zero_bucket import ZeroBucket
 
 _BUCKET_BYTES = 8 * 2**20
-_MOST_IN_FLIGHT = 2  # buckets of gradients that stage 2 keeps while they are reduced
+_MOST_IN_FLIGHT = 1  # buckets of gradients that stage 2 keeps while they are reduced
 _NO_OPTIONS = ("params", "param_names")
 
 
@@ -52,8 +52,9 @@ class ZeroOptimizer(Optimizer):
 
     State per rank: S / n instead of S. Stage 1 keeps a buffer for all gradients, stage
     2 only this rank's slice between backward passes. A parameter that no rank used is
-    not updated. The parameters are overwritten with those of rank 0; buffers, and
-    parameters that are not given, must be equal already.
+    not updated; every rank must reach at least one in every backward pass (add
+    `0 * p.sum()` to a loss that may reach none). The parameters are overwritten with
+    those of rank 0; buffers, and parameters that are not given, must be equal already.
 
     Args:
         params: Parameters, named parameters or groups, as for `cls`. Frozen ones stay.
@@ -67,7 +68,8 @@ class ZeroOptimizer(Optimizer):
     Raises:
         ValueError: If `stage` is neither 1 nor 2, if `cls` is not elementwise, if the
             mesh has several axes or more ranks than there are elements, if a parameter
-            has an engine already or lies elsewhere, or if the ranks' parameters differ.
+            is given twice, has an engine already or lies elsewhere, or if the ranks'
+            parameters differ.
 
     Communication: per step a reduce_scatter of the gradients and an all_gather of the
     weights, 2 (n - 1) / n of the parameters' bytes per rank, as data parallelism; and
@@ -94,6 +96,8 @@ class ZeroOptimizer(Optimizer):
             )
         defaults = elementwise_defaults(cls, kwargs, device=mesh.device_type)
         super().__init__(params, defaults)
+        for group in map(_options, self.param_groups):
+            elementwise_defaults(cls, kwargs, group=group, device=mesh.device_type)
         trainable = _require_trainable(self.param_groups, mesh)
         self.stage, self._mesh, self._deterministic = stage, mesh, deterministic
         plan = _buckets_in_order(trainable, bucket_bytes)
@@ -102,8 +106,8 @@ class ZeroOptimizer(Optimizer):
             ZeroBucket(parameters, mesh, keeps_gradient=stage == 1)
             for parameters, _ in plan
         ]
-        frozen = [p for g in self.param_groups for p in g["params"]]
-        frozen = [p for p in frozen if not p.requires_grad]
+        given = [p for group in self.param_groups for p in group["params"]]
+        frozen = [p for p in given if not p.requires_grad]
         broadcast_state([*(b.weights for b in self._buckets), *frozen], mesh)
         self.inner = cls(
             [
@@ -129,13 +133,13 @@ class ZeroOptimizer(Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take a group at construction; refuse it later.
+        """Take a group at construction; refuse it later: the slices are cut.
 
         Args:
             param_group: As in torch.
 
         Raises:
-            ValueError: Once the optimizer is made: the slices are cut.
+            ValueError: Once the optimizer is made.
         """
         if hasattr(self, "_buckets"):
             raise ValueError(
@@ -160,8 +164,9 @@ class ZeroOptimizer(Optimizer):
         bucket = self._buckets[number]
         if i in bucket.ready:
             raise RuntimeError(
-                "a parameter received its gradient twice in one backward pass, as "
-                "reentrant checkpointing does; use checkpoint(..., use_reentrant=False)"
+                "a parameter received its gradient twice: in one backward pass, as "
+                "with reentrant checkpointing (use_reentrant=False avoids it), or "
+                "after one that broke off (restart from a checkpoint)"
             )
         if not self._in_backward:
             self._begin_backward()
@@ -243,12 +248,11 @@ class ZeroOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._require_ready()
-        before = [_options(group) for group in self.param_groups]
+        self._pass_options()
         groups, works = self.inner.param_groups, []
         try:
-            for i, bucket in enumerate(self._buckets):
-                groups[i].update(before[self._groups[i]])
-                self.inner.param_groups = [groups[i]]
+            for group, bucket in zip(groups, self._buckets, strict=True):
+                self.inner.param_groups = [group]
                 self.inner.step()
                 works.append(bucket.gather())
         finally:
@@ -290,12 +294,12 @@ class ZeroOptimizer(Optimizer):
         self._is_consumed = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's slices of the state; for the same number of ranks only.
+        """Return this rank's slices of the state; for the same slices only.
 
         `full_state_dict(optimizer)` gathers what any number of ranks can load.
         """
-        layout = [self._mesh.size(), self._mesh.get_local_rank()]
-        return {"layout": layout, **self.inner.state_dict()}
+        self._pass_options()
+        return {"layout": self._layout(), **self.inner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on this rank.
@@ -304,18 +308,28 @@ class ZeroOptimizer(Optimizer):
             state_dict: Slices of the state.
 
         Raises:
-            ValueError: If they were cut for another rank or number of ranks.
+            ValueError: If they were cut for another rank, number of ranks or size of
+                buckets.
         """
-        layout = [self._mesh.size(), self._mesh.get_local_rank()]
-        if state_dict.get("layout") != layout:
+        given, own = state_dict.get("layout"), self._layout()
+        if given != own:
             raise ValueError(
-                f"the state was cut for [ranks, rank] = {state_dict.get('layout')}, "
-                f"here they are {layout}; save full_state_dict(optimizer)"
+                f"the state was cut for [ranks, rank, elements of buckets] = {given}, "
+                f"here they are {own}; save full_state_dict(optimizer)"
             )
         self.inner.load_state_dict(
             {k: v for k, v in state_dict.items() if k != "layout"}
         )
         self._read_options()
+
+    def _layout(self) -> list[Any]:
+        sizes = [bucket.layout.num_elements for bucket in self._buckets]
+        return [self._mesh.size(), self._mesh.get_local_rank(), sizes]
+
+    def _pass_options(self) -> None:
+        """Hand on the options of the groups, which a scheduler may have changed."""
+        for number, inner in zip(self._groups, self.inner.param_groups, strict=True):
+            inner.update(_options(self.param_groups[number]))
 
     def _read_options(self) -> None:
         """Take over what loading or a step changed in the options of the groups."""
@@ -345,6 +359,12 @@ def _require_trainable(
     for g, group in enumerate(groups):
         for i, p in enumerate(group["params"]):
             holder.register_parameter(f"parameter {i} of group {g}", p)
+    num_given = sum(len(group["params"]) for group in groups)
+    if len(list(holder.parameters())) < num_given:
+        raise ValueError(
+            "a parameter is given twice and would be updated twice; pass tied "
+            "parameters once, as model.parameters() yields them"
+        )
     require_device(holder, mesh)
     trainable = _trainable(groups)
     num_elements = sum(p.numel() for _, _, p in trainable)

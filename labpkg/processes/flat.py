@@ -83,6 +83,9 @@ class Shard:
     stop: int
     local: nn.Parameter
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()  # a model that was saved lies on no mesh
+
     @property
     def mesh(self) -> DeviceMesh:
         """The axis over which the parameter is cut."""

@@ -10,6 +10,8 @@ Chapter: parallelism/zero. Reference: Rajbhandari et al. 2020, SC20, arXiv:1910.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -49,6 +51,8 @@ class ZeroBucket:
         self.shards = self.layout.attach(own, [True] * len(parameters))
         for p, shard in zip(parameters, self.shards, strict=True):
             mark_shard(p, shard)
+        # Or `clip_grad_norm` would find the gradients of an engine that is gone.
+        weakref.finalize(self, _unmark, parameters)
         self.gradient: Tensor | None = None  # of all slices, while backward runs
         self.gradient_views: list[Tensor] = []
         self.slice: Tensor | None = None  # this rank's mean gradient
@@ -79,8 +83,8 @@ class ZeroBucket:
                 "a sparse gradient has no place in a bucket; build the embedding with "
                 "sparse=False"
             )
-        with torch.no_grad():
-            torch.mul(gradient, 1 / self.mesh.size(), out=self.gradient_views[i])
+        share = 1 / self.mesh.size()
+        torch.mul(gradient.detach(), share, out=self.gradient_views[i])
         self.parameters[i].grad = None
 
     def launch(self, deterministic: bool) -> None:
@@ -147,3 +151,8 @@ class ZeroBucket:
                     "a parameter was moved, cast or replaced after ZeroOptimizer was "
                     "made; do that first, and load weights without assign=True"
                 )
+
+
+def _unmark(parameters: list[Tensor]) -> None:
+    for parameter in parameters:
+        mark_shard(parameter, None)

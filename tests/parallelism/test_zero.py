@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import pickle
+import warnings
 import weakref
 
 import pytest
@@ -228,14 +230,16 @@ def test_other_world_sizes(world_size):
 def owned():
     mesh = lab.make_mesh(dp=dist.get_world_size())["dp"]
     model = build()
-    ZeroOptimizer(model.parameters(), lab.SGD, mesh, stage=1, lr=0.1)
-    return sum(shard_of(p).local.numel() for p in model.parameters())
+    opt = ZeroOptimizer(model.parameters(), lab.SGD, mesh, stage=1, lr=0.1)
+    parameters = opt.param_groups[0]["params"]
+    return sum(shard_of(p).local.numel() for p in parameters)
 
 
 def refused():
     full = lab.make_mesh(dp=2)
     mesh, messages = full["dp"], []
-    model, other = build(), build()
+    model, other = build("branches"), build()
+    warnings.simplefilter("ignore", UserWarning)  # torch's, of a parameter given twice
     engine = lab.DataParallel(other, mesh)
     cuda = nn.Linear(2, 2, device="meta")
     make = lambda p, cls=lab.SGD, on=mesh, stage=1, **o: ZeroOptimizer(
@@ -252,12 +256,16 @@ def refused():
         lambda: make(model.parameters(), torch.optim.LBFGS),
         lambda: make(model.parameters(), torch.optim.Adafactor),
         lambda: make(model.parameters(), lr=-1),
+        lambda: make([{"params": model.parameters(), "lr": -2}]),
+        lambda: make(model.parameters(), Counting),
+        lambda: make([model.trunk.weight, model.trunk.bias, model.trunk.weight]),
     ]
     for number, attempt in enumerate(tries):
         with lab.count_comms() as log, pytest.raises(ValueError) as info:
             attempt()
         messages.append(str(info.value))
         assert log.axes == ([] if number != 6 else ["dp"])
+    assert not any(map(shard_of, model.parameters()))
     return messages
 
 
@@ -273,6 +281,9 @@ def test_bad_input_raises_on_every_rank(world2):
         "LBFGS cannot update slices",
         "Adafactor cannot update slices",
         "lr=-1",
+        "lr=-2",
+        "Counting cannot update slices",
+        "given twice",
     )
     for messages in world2.run(refused):
         for message, part in zip(messages, wanted, strict=True):
@@ -306,8 +317,10 @@ def refused_later():
     model.frozen.requires_grad_(False)
     state = opt.state_dict()
     opt.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"cut for \[ranks, rank\]"):
-        opt.load_state_dict(state | {"layout": [4, 0]})
+    with pytest.raises(ValueError, match=r"cut for \[ranks, rank, "):
+        opt.load_state_dict(state | {"layout": [4, *state["layout"][1:]]})
+    with pytest.raises(ValueError, match=r"elements of buckets\] = None"):
+        opt.load_state_dict(lab.SGD(model.parameters(), lr=0.1).state_dict())
     model.trunk.weight.data = model.trunk.weight.data.clone()
     with pytest.raises(ValueError, match="moved, cast or replaced"):
         opt.step()
@@ -318,6 +331,71 @@ def refused_later():
     with pytest.raises(RuntimeError, match="ZeroOptimizer around this model is gone"):
         loss().backward()
     return True
+
+
+class Counting(lab.SGD):
+    """Counts steps itself, so it must be asked once for all parameters."""
+
+    def step(self, closure=None):
+        self.num_steps = getattr(self, "num_steps", 0) + 1
+        for group in self.param_groups:
+            group["lr"] = 0.1 / self.num_steps
+        return super().step(closure)
+
+
+def state_dict_round_trip():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    make = lambda model, **o: ZeroOptimizer(
+        groups(model), lab.AdamW, mesh, stage=1, lr=0.1, **o
+    )
+    first, second = build(), build()
+    opts = make(first, bucket_bytes=300), make(second, bucket_bytes=300)
+
+    def step(model, opt):
+        model(batch(0)[0]).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    step(first, opts[0])
+    opts[0].param_groups[0]["lr"] = 0.02  # by a scheduler, after the step
+    state = opts[0].state_dict()
+    second.load_state_dict(first.state_dict())
+    opts[1].load_state_dict(pickle.loads(pickle.dumps(state)))
+    assert [group["lr"] for group in opts[1].param_groups] == [0.02, 0.1]
+    with pytest.raises(ValueError, match="elements of buckets"):
+        make(build()).load_state_dict(state)
+    for model, opt in zip((first, second), opts, strict=True):
+        step(model, opt)
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_its_state_dict_continues_a_run(world2):
+    assert world2.run(state_dict_round_trip) == [True, True]
+
+
+def after_its_end():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = build()
+    opt = ZeroOptimizer(model.parameters(), lab.SGD, mesh, stage=1, lr=0.1)
+    saved = pickle.loads(pickle.dumps(model))
+    assert not any(map(shard_of, saved.parameters()))
+    model(batch(0)[0]).sum().backward()
+    gradient = weakref.ref(shard_of(next(model.parameters())).local)
+    del opt
+    gc.collect()
+    assert gradient() is None
+    engine = lab.DataParallel(model, mesh)
+    engine(batch(0)[0]).sum().backward()
+    before = lab.clip_grad_norm(model, 1e-3)
+    after = torch.cat([p.grad.reshape(-1) for p in model.parameters()]).norm()
+    return before.item(), after.item()
+
+
+def test_parameters_forget_an_optimizer_that_is_gone(world2):
+    for before, after in world2.run(after_its_end):
+        assert before > 1
+        assert after == pytest.approx(1e-3, rel=1e-3)
 
 
 def sparse():
@@ -335,6 +413,27 @@ def test_a_sparse_gradient_is_named(world2):
 
 def test_misuse_is_named(world2):
     assert world2.run(refused_later) == [True, True]
+
+
+def broken_off():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = build()
+    opt = ZeroOptimizer(model.parameters(), lab.SGD, mesh, stage=2, lr=0.1)
+    first, *_ = model.parameters()
+    hook = first.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(batch(0)[0]).sum().backward()
+    hook.remove()
+    opt.zero_grad()
+    with pytest.raises(RuntimeError, match="after one that broke off"):
+        model(batch(0)[0]).sum().backward()
+    with pytest.raises(RuntimeError, match="did not end"):
+        opt.step()
+    return True
+
+
+def test_a_backward_that_broke_off_is_noticed(world2):
+    assert world2.run(broken_off) == [True, True]
 
 
 @pytest.mark.parametrize(
