@@ -51,7 +51,10 @@ _COMBINE = {
 
 
 def combine_in_order(versions: Sequence[Tensor], op: str, total: Tensor) -> None:
-    """Reduce at least two versions from left to right into `total`, which is none."""
+    """Reduce at least two versions from left to right.
+
+    The result goes into `total`, one of the first two versions or none of them.
+    """
     combine = _COMBINE[op]
     combine(versions[0], versions[1], out=total)
     for version in versions[2:]:
@@ -99,7 +102,8 @@ class Task:
     """
 
     def __init__(self, call: str, run: Callable[[str], None]) -> None:
-        self.call, self._run = call, run
+        self.call = call
+        self._run: Callable[[str], None] | None = run
         self._error: BaseException | None = None
         self._ended = threading.Event()
 
@@ -108,9 +112,11 @@ class Task:
         try:
             if broken is not None:
                 raise RuntimeError("an earlier collective failed") from broken
+            assert self._run is not None
             self._run(self.call)
         except BaseException as error:
             self._error = error
+        self._run = None  # it holds tensors, and a handle may be kept for long
         self._ended.set()
         return self._error
 

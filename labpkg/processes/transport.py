@@ -264,10 +264,10 @@ def reduce_scatter(
 
     def add_in_rank_order() -> None:
         versions = [theirs.get(p, parts[rank]) for p in range(n)]
-        total = torch.empty_like(parts[rank])  # `out` may be a part of x
+        total = versions[1 if rank == 0 and n > 1 else 0]  # received, so it may change
         if n > 1:
             combine_in_order(versions, op, total)
-        out.view(-1).copy_(total if n > 1 else parts[0])
+        out.view(-1).copy_(total)
 
     return Transfer(_Then(works, add_in_rank_order), sent, is_exchange=True)
 
