@@ -11,9 +11,9 @@ Chapter: parallelism/data_parallel. Reference: Thakur, Rabenseifner, Gropp 2005,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -81,7 +81,7 @@ def all_gather_(out: Tensor, x: Tensor, mesh: DeviceMesh | None = None) -> Work:
     """Start writing the flat slices `x` of all ranks into the flat `out`, in order.
 
     The slices are those of `torch.tensor_split(out, n)`: the first K mod n ranks have
-    one element more. If n does not divide K, they travel padded: one more copy.
+    one element more. Where n does not divide K, NCCL needs them padded: a copy more.
 
     Args:
         out: Where the whole goes.
@@ -101,13 +101,8 @@ def all_gather_(out: Tensor, x: Tensor, mesh: DeviceMesh | None = None) -> Work:
     """
     axis = axis_of(mesh)
     _check_slices(out, x, axis)
-    staged = _Rows(out, axis)
-    own = staged.pad(x)
-    whole = staged.rows.view(-1)
-    move = partial(transport.all_gather, whole, own, axis.group)
-    local = lambda: staged.rows.copy_(own.clone().expand_as(staged.rows))
-    work = start("all_gather", axis, out.nbytes, move, local)
-    return _Finished(work, lambda: staged.write_to(out))
+    move = partial(transport.all_gather, out, x, axis.group)
+    return start("all_gather", axis, out.nbytes, move, partial(_repeat, out, x, axis))
 
 
 def reduce_scatter_(
@@ -142,16 +137,11 @@ def reduce_scatter_(
     axis = axis_of(mesh)
     check_op(op, x)
     _check_slices(x, out, axis)
-    staged = _Rows(x, axis)
-    staged.read_from(x)
-    own = staged.pad(out)
-    whole = staged.rows.view(-1)
     move = partial(
-        transport.reduce_scatter, own, whole, axis.group, op, ordered=deterministic
+        transport.reduce_scatter, out, x, axis.group, op, ordered=deterministic
     )
-    local = lambda: own.copy_(staged.rows[axis.rank].clone())
-    work = start("reduce_scatter", axis, x.nbytes, move, local)
-    return _Finished(work, lambda: staged.unpad(own, out))
+    local = lambda: out.copy_(x.tensor_split(axis.size)[axis.rank].clone())
+    return start("reduce_scatter", axis, x.nbytes, move, local)
 
 
 def slice_bounds(num_elements: int, n: int, rank: int) -> tuple[int, int]:
@@ -167,47 +157,10 @@ def slice_bounds(num_elements: int, n: int, rank: int) -> tuple[int, int]:
     return first, first + short + (rank < num_longer)
 
 
-class _Rows:
-    """A flat tensor as one row for each rank: itself, or padded if n does not fit."""
-
-    def __init__(self, flat: Tensor, axis: Axis) -> None:
-        self.n, self.is_even = axis.size, flat.numel() % axis.size == 0
-        length = -(-flat.numel() // axis.size)
-        staged = flat if self.is_even else flat.new_zeros(axis.size * length)
-        self.rows = staged.view(axis.size, length)
-
-    def read_from(self, flat: Tensor) -> None:
-        if not self.is_even:
-            for row, part in zip(self.rows, flat.tensor_split(self.n), strict=True):
-                row[: part.numel()] = part
-
-    def write_to(self, flat: Tensor) -> None:
-        if not self.is_even:
-            for row, part in zip(self.rows, flat.tensor_split(self.n), strict=True):
-                part.copy_(row[: part.numel()])
-
-    def pad(self, part: Tensor) -> Tensor:
-        if self.is_even:
-            return part
-        padded = part.new_zeros(self.rows.shape[1])
-        padded[: part.numel()] = part
-        return padded
-
-    def unpad(self, padded: Tensor, part: Tensor) -> None:
-        if not self.is_even:
-            part.copy_(padded[: part.numel()])
-
-
-class _Finished:
-    """Wait for a transfer, then finish with a function; once."""
-
-    def __init__(self, work: Work, finish: Callable[[], None]) -> None:
-        self.work, self.steps = work, [finish]
-
-    def wait(self) -> None:
-        self.work.wait()
-        while self.steps:
-            self.steps.pop()()
+def _repeat(out: Tensor, x: Tensor, axis: Axis) -> None:
+    own = torch.cat([x, x.new_zeros(1)])  # slices may be longer than the own one
+    for part in out.tensor_split(axis.size):
+        part.copy_(own[: part.numel()])
 
 
 def _check_slices(whole: Tensor, part: Tensor, axis: Axis) -> None:

@@ -30,7 +30,7 @@ import struct
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -51,16 +51,24 @@ _COMBINE = {
 
 
 def combine_in_order(versions: Sequence[Tensor], op: str, total: Tensor) -> None:
-    """Reduce at least two versions from left to right.
+    """Reduce at least two versions from left to right into `total`.
 
-    The result goes into `total`, one of the first two versions or none of them.
+    Args:
+        versions: What to reduce; they stay as they are, but for what `total` covers.
+        op: One of the reductions.
+        total: Where the result goes; it may be the memory of one version.
     """
-    combine = _COMBINE[op]
+    combine, out = _COMBINE[op], total
+    covers_later = any(total.data_ptr() == v.data_ptr() for v in versions[2:])
+    if covers_later and total.numel():  # it is read after the first sum is written
+        total = torch.empty_like(out)
     combine(versions[0], versions[1], out=total)
     for version in versions[2:]:
         combine(total, version, out=total)
     if op == "mean":
         total.div_(len(versions))
+    if total is not out:
+        out.copy_(total)
 
 
 @cache
@@ -163,13 +171,13 @@ class Channel:
         return self._submit(call, partial(self._all_reduce, x, op))
 
     def reduce_scatter(self, out: Tensor, x: Tensor, op: str) -> Task:
-        """Reduce `x` (n k) over the ranks; write this rank's slice into `out` (k)."""
+        """Reduce `x` over the ranks; write this rank's slice of it into `out`."""
         _check_combines(op, x.dtype)
         call = f"reduce_scatter {op} of {x.numel()} {x.dtype}"
         return self._submit(call, partial(self._reduce_scatter, out, x, op))
 
     def all_gather(self, out: Tensor, x: Tensor) -> Task:
-        """Write the `x` (k) of all ranks into `out` (n k), in rank order."""
+        """Write the slices `x` of all ranks into `out`, in rank order."""
         call = f"all_gather of {out.numel()} {out.dtype}"
         return self._submit(call, partial(self._all_gather, out, x))
 
@@ -220,25 +228,31 @@ class Channel:
             self._half ^= 1
 
     def _reduce_scatter(self, out: Tensor, x: Tensor, op: str, call: str) -> None:
-        step = self._stride // x.element_size()
-        columns = x.view(self.size, len(out)).split(step, dim=1)
-        for part, target in zip(columns, out.split(step), strict=True):
-            versions = self._trade(part.unbind(), call)
-            total = self._view(self.rank, self.rank, target)  # nobody reads this place
+        for parts, now in self._parts(x, self._stride):
+            versions = self._trade(parts, call)
+            # A place that nobody else reads.
+            total = self._view(self.rank, self.rank, parts[self.rank])
             combine_in_order(versions, op, total)
-            target.copy_(total)
+            out[now].copy_(total)
             self._half ^= 1
 
     def _all_gather(self, out: Tensor, x: Tensor, call: str) -> None:
-        step = _HALF_BYTES // x.element_size()
-        columns = out.view(self.size, len(x)).split(step, dim=1)
-        for part, mine in zip(columns, x.split(step), strict=True):
-            self._view(self.rank, 0, mine).copy_(mine)
+        out_of_place = x.data_ptr() != out.tensor_split(self.size)[self.rank].data_ptr()
+        for parts, now in self._parts(out, _HALF_BYTES):
+            self._view(self.rank, 0, x[now]).copy_(x[now])
             self._meet(call)
-            part[self.rank].copy_(mine)
+            if out_of_place:
+                parts[self.rank].copy_(x[now])
             for p in self._peers:
-                part[p].copy_(self._view(p, 0, mine))
+                parts[p].copy_(self._view(p, 0, parts[p]))
             self._half ^= 1
+
+    def _parts(self, x: Tensor, size: int) -> Iterator[tuple[list[Tensor], slice]]:
+        """Yield a part of each rank's slice of `x`, and where it lies in the slice."""
+        slices, step = x.tensor_split(self.size), size // x.element_size()
+        for start in range(0, max(1, len(slices[0])), step):
+            now = slice(start, start + step)
+            yield [part[now] for part in slices], now
 
     def _trade(self, slices: Sequence[Tensor], call: str) -> list[Tensor]:
         """Offer each peer its slice; return all versions of the own one, by rank."""
@@ -258,10 +272,9 @@ class Channel:
 
     def _meet(self, call: str) -> None:
         """Tell every peer which call this is, then hear the same from every peer."""
-        said = call.encode()
         for peer in self._peers.values():
             with contextlib.suppress(ConnectionError):  # what it said is still there
-                peer.send(said)
+                peer.send(call.encode())
         calls = {rank: self._hear(rank, call) for rank in self._peers}
         if any(heard != call for heard in calls.values()):
             raise MismatchError({self.rank: call, **calls}, call)

@@ -8,7 +8,9 @@ of gloo know no GPU tensors; they are staged through the CPU. At the debug level
 torch compares the collectives of all ranks, but not messages: gloo's own run then.
 
 Every function starts the transfer and returns a `Transfer`: a handle to wait on and the
-bytes that this rank sends under the algorithm that runs.
+bytes that this rank sends under the algorithm that runs. Slices are those of
+`torch.tensor_split`: the first may have one element more. torch's own collectives take
+equal slices only, so for them they are padded.
 
 References: Thakur, Rabenseifner, Gropp 2005, IJHPCA 19(1); Patarasuk and Yuan 2009,
 JPDC 69(2).
@@ -164,18 +166,12 @@ def all_reduce(
 
 
 def _ordered_all_reduce(x: Tensor, group: ProcessGroup, op: str) -> Transfer:
-    n = group.size()
-    whole = x.new_zeros(-(-x.numel() // n) * n)  # a multiple of n elements
-    whole[: x.numel()] = x.view(-1)
-    part = whole.new_empty(whole.numel() // n)
-    scattered = reduce_scatter(part, whole, group, op, ordered=True)
-
-    def gather() -> None:
-        all_gather(whole, part, group).work.wait()
-        x.copy_(whole[: x.numel()].view_as(x))
-
-    sent = wire_bytes("all_reduce", whole.nbytes, n)
-    return Transfer(_Then([scattered.work], gather), sent, scattered.is_exchange)
+    flat = x.view(-1)
+    part = torch.empty_like(flat.tensor_split(group.size())[group.rank()])
+    scattered = reduce_scatter(part, flat, group, op, ordered=True)
+    gather = lambda: all_gather(flat, part, group).work.wait()
+    both = _Then([scattered.work], gather)
+    return Transfer(both, 2 * scattered.wire_bytes, scattered.is_exchange)
 
 
 def reduce(x: Tensor, group: ProcessGroup, dst: int, op: str) -> Transfer:
@@ -207,27 +203,34 @@ def broadcast(x: Tensor, group: ProcessGroup, src: int) -> Transfer:
 
 
 def all_gather(out: Tensor, x: Tensor, group: ProcessGroup) -> Transfer:
-    """Write the `x` of all ranks into the flat `out`, in rank order."""
-    n = group.size()
+    """Write the flat slices `x` of all ranks into the flat `out`, in rank order."""
+    n, rank = group.size(), group.rank()
     sent = wire_bytes("all_gather", out.nbytes, n)
-    if not _exchanges(group, x):
-        work = _all_gather(out, x, group=group, async_op=True)
-        return Transfer(_work(work), sent)
     if channel := _shared(group, out):
-        return Transfer(channel.all_gather(out.view(-1), x.view(-1)), sent, True)
-    rank, parts = group.rank(), out.view(n, x.numel())
-    parts[rank].copy_(x.view(-1))
-    peers = [(rank + j) % n for j in range(1, n)]
-    works = _exchange(
-        dict.fromkeys(peers, parts[rank]), {p: parts[p] for p in peers}, group
-    )
-    return Transfer(_Then(works, lambda: None), sent, is_exchange=True)
+        return Transfer(channel.all_gather(out, x), sent, is_exchange=True)
+    if _exchanges(group, x):
+        parts = out.tensor_split(n)
+        parts[rank].copy_(x)
+        peers = [(rank + j) % n for j in range(1, n)]
+        works = _exchange(
+            dict.fromkeys(peers, parts[rank]), {p: parts[p] for p in peers}, group
+        )
+        return Transfer(_Then(works, lambda: None), sent, is_exchange=True)
+    if out.numel() % n:
+        rows = _padded_rows(out, n)
+        own = rows[rank].clone()
+        own[: x.numel()] = x
+        transfer = all_gather(rows.view(-1), own, group)
+        finish = lambda: _write_rows(rows, out)
+        return transfer._replace(work=_Then([transfer.work], finish))
+    work = _all_gather(out, x, group=group, async_op=True)
+    return Transfer(_work(work), sent)
 
 
 def reduce_scatter(
     out: Tensor, x: Tensor, group: ProcessGroup, op: str, *, ordered: bool = False
 ) -> Transfer:
-    """Reduce flat `x` over the ranks and write this rank's slice into `out`.
+    """Reduce flat `x` over the ranks and write this rank's slice into the flat `out`.
 
     gloo ranks on the CPU add the slices in rank order, whatever the arrival order,
     unless torch checks collectives; with `ordered` all do.
@@ -235,41 +238,64 @@ def reduce_scatter(
     n, rank = group.size(), group.rank()
     sent = wire_bytes("reduce_scatter", x.nbytes, n)
     if channel := _shared(group, x):
-        task = channel.reduce_scatter(out.view(-1), x.view(-1), op)
+        task = channel.reduce_scatter(out, x, op)
         return Transfer(task, sent, is_exchange=True)
+    if _exchanges(group, x):
+        return Transfer(_by_messages(out, x, group, op), sent, is_exchange=True)
+    if x.numel() % n:
+        rows = _padded_rows(x, n)
+        own = rows.new_empty(rows.shape[1])
+        transfer = reduce_scatter(own, rows.view(-1), group, op, ordered=ordered)
+        finish = lambda: out.copy_(own[: out.numel()])
+        return transfer._replace(work=_Then([transfer.work], finish))
     if ordered and n > 1:
         received = torch.empty_like(x)
         work = all_to_all(received, x, group).work
         rows = received.view(n, out.numel()).unbind()
-        total = out.view(-1)
-        return Transfer(_Then([work], lambda: combine_in_order(rows, op, total)), sent)
+        return Transfer(_Then([work], lambda: combine_in_order(rows, op, out)), sent)
     if not uses_gloo(group, x.device):
         work = _reduce_scatter(out, x, op=_REDUCE_OPS[op], group=group, async_op=True)
         return Transfer(_work(work), sent)
     if x.is_cuda:
         whole = x.clone()
         transfer = all_reduce(whole, group, op)
-        finish = lambda: out.copy_(whole.view(n, out.numel())[rank].view_as(out))
+        finish = lambda: out.copy_(whole.view(n, out.numel())[rank])
         return Transfer(_Then([transfer.work], finish), transfer.wire_bytes)
-    if not _exchanges(group, x) or op not in ("sum", "mean"):
-        base = ReduceOp.SUM if op == "mean" else _REDUCE_OPS[op]
-        work = _reduce_scatter(out, x, op=base, group=group, async_op=True)
-        finish = (lambda: out.div_(n)) if op == "mean" else (lambda: None)
-        run = wire_bytes("all_reduce", x.nbytes, n)  # which is what gloo does
-        return Transfer(_Then([_work(work)], finish), run)
-    parts = list(x.view(n, out.numel()).unbind())
+    base = ReduceOp.SUM if op == "mean" else _REDUCE_OPS[op]
+    work = _reduce_scatter(out, x, op=base, group=group, async_op=True)
+    finish = (lambda: out.div_(n)) if op == "mean" else (lambda: None)
+    run = wire_bytes("all_reduce", x.nbytes, n)  # which is what gloo does
+    return Transfer(_Then([_work(work)], finish), run)
+
+
+def _by_messages(out: Tensor, x: Tensor, group: ProcessGroup, op: str) -> Work:
+    n, rank = group.size(), group.rank()
+    parts = x.tensor_split(n)
     mine = {p: parts[p] for p in range(n) if p != rank}
-    theirs = {p: torch.empty_like(parts[p]) for p in mine}
+    theirs = {p: torch.empty_like(parts[rank]) for p in mine}
     works = _exchange(mine, theirs, group)
 
     def add_in_rank_order() -> None:
         versions = [theirs.get(p, parts[rank]) for p in range(n)]
-        total = versions[1 if rank == 0 and n > 1 else 0]  # received, so it may change
+        total = torch.empty_like(parts[rank])  # `out` may be a part of x
         if n > 1:
             combine_in_order(versions, op, total)
-        out.view(-1).copy_(total)
+        out.copy_(total if n > 1 else parts[0])
 
-    return Transfer(_Then(works, add_in_rank_order), sent, is_exchange=True)
+    return _Then(works, add_in_rank_order)
+
+
+def _padded_rows(flat: Tensor, n: int) -> Tensor:
+    """Return the slices of `flat` as rows of one length, for backends that need it."""
+    rows = flat.new_zeros(n, -(-flat.numel() // n))
+    for row, part in zip(rows, flat.tensor_split(n), strict=True):
+        row[: part.numel()] = part
+    return rows
+
+
+def _write_rows(rows: Tensor, flat: Tensor) -> None:
+    for row, part in zip(rows, flat.tensor_split(len(rows)), strict=True):
+        part.copy_(row[: part.numel()])
 
 
 def all_to_all(out: Tensor, x: Tensor, group: ProcessGroup) -> Transfer:
@@ -338,8 +364,16 @@ def _exchange(
     mine: dict[int, Tensor], theirs: dict[int, Tensor], group: ProcessGroup
 ) -> list[Work]:
     """Send to and receive from every peer; receives first: gloo's sends wait."""
-    works = [dist.irecv(part, group=group, group_src=p) for p, part in theirs.items()]
-    works += [dist.isend(part, group=group, group_dst=p) for p, part in mine.items()]
+    works = [
+        dist.irecv(part, group=group, group_src=p)
+        for p, part in theirs.items()
+        if part.numel()
+    ]
+    works += [
+        dist.isend(part, group=group, group_dst=p)
+        for p, part in mine.items()
+        if part.numel()
+    ]
     return [_work(work) for work in works]
 
 

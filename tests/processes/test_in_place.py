@@ -9,6 +9,7 @@ import labpkg as lab
 from labpkg.processes import collectives, transport
 from labpkg.processes.in_place import (
     all_gather_,
+    all_reduce_,
     broadcast_,
     reduce_scatter_,
     slice_bounds,
@@ -57,6 +58,42 @@ def test_slices_equal_the_functional_ones(
         assert torch.allclose(whole, r["want"], atol=1e-6)
         assert torch.equal(r["whole"], whole)
         assert torch.equal(r["aliased"], whole)
+
+
+def in_torchs_own(num_elements: int) -> tuple:
+    rank, n = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    every = [torch.arange(num_elements) + float(q) for q in range(n)]
+    own = slice(*slice_bounds(num_elements, n, rank))
+    x, kept = every[rank], every[rank].clone()
+    reduce_scatter_(x[own], x, op="max").wait()
+    all_gather_(kept, x[own]).wait()
+    return kept, every[-1]
+
+
+@pytest.mark.parametrize("num_elements", [2, 1003])
+def test_collectives_of_torch_take_slices_that_are_padded(num_elements):
+    with lab.World(3, device="cpu", check=True) as world:
+        for found, want in world.run(in_torchs_own, num_elements):
+            assert torch.equal(found, want)
+
+
+def bytes_in_flight(messages: bool) -> int:
+    mesh = lab.make_mesh(dp=4)["dp"]
+    if messages:
+        transport.use_messages(mesh.get_group())
+    all_reduce_(torch.ones(1), mesh).wait()  # opens the channel
+    whole = torch.ones(10_003)
+    own = whole[slice(*slice_bounds(len(whole), 4, mesh.get_local_rank()))]
+    before = lab.live_tensor_bytes()
+    work = all_gather_(whole, own, mesh)
+    taken = lab.live_tensor_bytes() - before
+    work.wait()
+    return taken
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_slices_on_the_cpu_need_no_other_memory(world4, messages):
+    assert world4.run(bytes_in_flight, messages) == [0] * 4
 
 
 def switched_off():
