@@ -116,20 +116,21 @@ class Reduction:
     """The gradients of a group on their way into this rank's slice."""
 
     def __init__(self, group: Group, whole: Tensor, *, deterministic: bool) -> None:
-        self.group, self.whole = group, whole
-        self.own = whole.new_empty(group.bucket.slice_elements)
+        self.group, self.own = group, whole[group.bucket.own]
         self.work = reduce_scatter_(
             self.own, whole, group.mesh, deterministic=deterministic
         )
 
     def wait(self) -> None:
-        """Return when the slice may be read."""
+        """Return when the slice may be read; the whole is given up."""
         self.work.wait()
-        del self.work, self.whole  # the handle holds the memory, too
+        # Not before: a slice of its own would lie beside the whole on its way.
+        self.own = self.own.to(self.group.own.dtype, copy=True)
+        del self.work  # the handle holds the memory, too
 
     def deliver(self, used: set[nn.Parameter]) -> None:
         """Add the mean gradient to the slices of the parameters that any rank used."""
-        pieces = self.group.bucket.cut(self.own.to(self.group.own.dtype))
+        pieces = self.group.bucket.cut(self.own)
         for parameter, piece in zip(self.group.sliced, pieces, strict=True):
             if parameter in used:
                 before = parameter.grad
