@@ -189,8 +189,9 @@ def average_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
     """Replace parameters by their mean over the ranks: the meeting of local SGD.
 
     Ranks that train the bare model for H steps, each on its own shard, and then meet
-    here send 1 / H of the bytes of data parallelism. With H = 1 and plain SGD it is the
-    same as averaging gradients; with momentum, Adam or H > 1 it is another algorithm.
+    here send 1 / H of the bytes of data parallelism. With H = 1 and an update that is
+    linear in the gradients (SGD, also with momentum, Nesterov or weight decay) it is
+    the same as averaging gradients; with Adam or H > 1 it is another algorithm.
 
     Parameters that need a gradient are averaged, and so are floating buffers: running
     statistics that each rank took on its own data. Integer and boolean buffers, such as
