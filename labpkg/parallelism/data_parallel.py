@@ -28,6 +28,7 @@ from labpkg.processes.replicas import (
     GradientHook,
     broadcast_state,
     check_replicas,
+    replica_parameters,
     require_device,
     require_same_model,
     take_parameters,
@@ -50,7 +51,7 @@ def average_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
 
     Communication: one all_reduce per parameter, 2 (n - 1) / n of its bytes per rank.
     """
-    for parameter in model.parameters():
+    for parameter in replica_parameters(model):
         if parameter.grad is not None:
             parameter.grad = all_reduce(parameter.grad, mesh, op="mean")
 
@@ -70,7 +71,7 @@ def average_gradients_bucketed(
 
     Communication: the same bytes as `average_gradients` in fewer collectives.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in replica_parameters(model) if p.grad is not None]
     for bucket in bucket_parameters(gradients, bucket_bytes):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         all_reduce_(flat, mesh, op="mean").wait()
@@ -96,14 +97,14 @@ def mean_weight(count: float, mesh: DeviceMesh) -> float:
         The factor; 1 when all counts are equal.
 
     Raises:
-        ValueError: On every rank, if a count is negative or all are 0.
+        ValueError: On every rank, if a count is negative or not finite, or all are 0.
 
     Communication: an all_reduce of two numbers.
     """
     device = mesh.device_type
     pair = torch.tensor([count, count < 0], dtype=torch.float64, device=device)
     total, num_negative = all_reduce(pair, mesh).tolist()
-    if num_negative or total == 0:
+    if num_negative or not 0 < total < float("inf"):  # nor nan
         raise ValueError(
             f"count={count} on this rank, {total} in all: a mean needs counts of at "
             "least 0 and one sample in all; skip the step on every rank"
@@ -251,7 +252,7 @@ class DataParallel(nn.Module):
         parameters = take_parameters(module)
         _check_reduce_dtype(reduce_dtype, parameters)
         self.module, self._mesh = module, mesh
-        self._known = {id(p) for p in parameters}
+        self._known = {id(p): (p.dtype, p.device) for p in parameters}
         require_same_model(module, mesh)
         broadcast_state((*module.parameters(), *module.buffers()), mesh)
         self._buckets = [
@@ -274,7 +275,7 @@ class DataParallel(nn.Module):
         Raises:
             RuntimeError: If the last backward pass broke off between two buckets, or if
                 `check_every` finds replicas that differ.
-            ValueError: If a parameter needs a gradient that did not at construction.
+            ValueError: If a parameter is another than at construction.
         """
         if self._in_backward:
             raise RuntimeError(
@@ -282,10 +283,10 @@ class DataParallel(nn.Module):
                 "was reduced; restart from a checkpoint"
             )
         for name, p in self.module.named_parameters():
-            if p.requires_grad and id(p) not in self._known:
+            if p.requires_grad and self._known.get(id(p)) != (p.dtype, p.device):
                 raise ValueError(
-                    f"{name} was unfrozen, added or replaced after DataParallel was "
-                    "made, so its gradient would not be averaged; wrap the model last"
+                    f"{name} was unfrozen, added, replaced, cast or moved after "
+                    "DataParallel was made; wrap the model last"
                 )
         # Not before every forward: a backward may still need buffers as they are.
         if self._step_begins and self.module.training and torch.is_grad_enabled():

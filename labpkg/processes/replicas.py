@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from labpkg.processes.flat import bucket_parameters, flat_views
+from labpkg.processes.flat import bucket_parameters, flat_views, shard_of
 from labpkg.processes.in_place import all_reduce_, broadcast_
 from labpkg.processes.messages import all_gather_object
 from labpkg.processes.traffic import axis_of
@@ -169,6 +169,26 @@ def require_same_model(module: nn.Module, mesh: DeviceMesh) -> None:
             )
 
 
+def replica_parameters(model: nn.Module) -> list[Tensor]:
+    """Return the parameters of a replica; refuse a model of which ranks hold slices.
+
+    Args:
+        model: What should be a replica.
+
+    Raises:
+        ValueError: If `fully_shard` has cut it.
+    """
+    for name, parameter in model.named_parameters():
+        shard = shard_of(parameter)
+        if shard is not None and shard.local is parameter:
+            raise ValueError(
+                f"{name} is cut by fully_shard, so each rank holds another part of it "
+                "and there are no replicas to average or compare; fully_shard averages "
+                "gradients itself, full_state_dict shows the whole"
+            )
+    return list(model.parameters())
+
+
 def broadcast_state(tensors: Iterable[Tensor], mesh: DeviceMesh) -> None:
     """Overwrite tensors, such as parameters and buffers, with those of rank 0.
 
@@ -203,7 +223,8 @@ def average_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
         mesh: The data-parallel axis.
 
     Raises:
-        ValueError: If the mesh has several axes or the model lies on another device.
+        ValueError: If the mesh has several axes, if the model lies on another device,
+            or if `fully_shard` has cut it.
 
     Communication: an all_reduce of 2 (n - 1) / n of the bytes of parameters and
     buffers, 25 MiB at a time; integer buffers are broadcast.
@@ -212,7 +233,7 @@ def average_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     require_device(model, mesh)
     buffers = list(model.buffers())
-    moving = [p for p in model.parameters() if p.requires_grad]
+    moving = [p for p in replica_parameters(model) if p.requires_grad]
     moving += [b for b in buffers if b.is_floating_point() or b.is_complex()]
     with torch.no_grad():
         for bucket in bucket_parameters(moving, _BUCKET_BYTES):
@@ -245,10 +266,12 @@ def check_replicas(model: nn.Module, mesh: DeviceMesh, *, buffers: bool = True) 
 
     Raises:
         RuntimeError: With each differing rank and its first differing tensor.
-        ValueError: If the mesh has several axes.
+        ValueError: If the mesh has several axes or `fully_shard` has cut the model.
 
     Communication: all_gather of about 100 bytes per tensor.
     """
+    axis_of(mesh)
+    replica_parameters(model)  # or refuse
     tensors = [*model.named_parameters(), *(model.named_buffers() if buffers else ())]
     mine = {
         name: (_fingerprint(t), str(t.dtype), tuple(t.shape)) for name, t in tensors

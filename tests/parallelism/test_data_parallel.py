@@ -206,7 +206,7 @@ def test_uneven_and_empty_shards_are_weighted(world4, counts):
 def test_mean_weight_refuses_what_has_no_mean(world2):
     def refuse():
         mesh = lab.make_mesh(dp=2)["dp"]
-        for counts in ((0, 0), (3, -1)):
+        for counts in ((0, 0), (3, -1), (3, float("nan")), (float("inf"), 3)):
             with pytest.raises(ValueError, match="one sample in all"):
                 lab.mean_weight(counts[mesh.get_local_rank()], mesh)
         return lab.mean_weight(1 + 2 * mesh.get_local_rank(), mesh)
@@ -363,10 +363,17 @@ def refused_after_wrapping():
     layer[1].requires_grad_(False)
     state = {name: t.clone() for name, t in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
-    with pytest.raises(ValueError, match="replaced after"):
+    with pytest.raises(ValueError, match="replaced, cast or moved after"):
         model(x)
     with pytest.raises(ValueError, match="sparse=False"):
         lab.DataParallel(nn.Embedding(4, 2, sparse=True), mesh)
+    model = lab.DataParallel(nn.Linear(3, 3), mesh).double()
+    with pytest.raises(ValueError, match=r"weight was .* cast or moved"):
+        model(x.double())
+    cut = lab.fully_shard(nn.Linear(3, 3), mesh)
+    for average in (lab.average_gradients, average_gradients_bucketed):
+        with pytest.raises(ValueError, match="no replicas to average"):
+            average(cut, mesh)
     return True
 
 
@@ -698,7 +705,7 @@ def nested():
     with pytest.raises(RuntimeError, match=r"Missing.*scale(?s:.*)Unexpected.*other"):
         outer.load_state_dict(state)
     outer.load_state_dict({**plain.state_dict()}, assign=True)
-    with pytest.raises(ValueError, match="replaced after"):
+    with pytest.raises(ValueError, match="replaced, cast or moved after"):
         outer.model(torch.ones(2, 6, dtype=torch.float64))
     return True
 

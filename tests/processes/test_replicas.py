@@ -279,8 +279,14 @@ def refused():
         average_parameters(nn.Linear(2, 2, device="meta"), mesh["dp"])
     buffered = nn.BatchNorm1d(3)
     buffered.running_var = buffered.running_var.to("meta")
+    assert log["dp"].calls == 0
     with pytest.raises(ValueError, match="running_var lies on meta"):
         require_device(buffered, mesh["dp"])
+    cut = lab.fully_shard(nn.Linear(2, 2), mesh["dp"])
+    with lab.count_comms() as log:
+        for function in (average_parameters, check_replicas):
+            with pytest.raises(ValueError, match="no replicas to average or compare"):
+                function(cut, mesh["dp"])
     assert log["dp"].calls == 0
     return True
 
