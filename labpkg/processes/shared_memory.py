@@ -50,18 +50,17 @@ _COMBINE = {
 }
 
 
-def combine_in_order(versions: Sequence[Tensor], op: str, total: Tensor) -> None:
-    """Reduce at least two versions from left to right into `total`.
+def combine_in_order(versions: Sequence[Tensor], op: str, out: Tensor) -> None:
+    """Reduce at least two versions from left to right into `out`.
 
     Args:
-        versions: What to reduce; they stay as they are, but for what `total` covers.
+        versions: What to reduce.
         op: One of the reductions.
-        total: Where the result goes; it may be the memory of one version.
+        out: Where the result goes; it may be the memory of one version.
     """
-    combine, out = _COMBINE[op], total
-    covers_later = any(total.data_ptr() == v.data_ptr() for v in versions[2:])
-    if covers_later and total.numel():  # it is read after the first sum is written
-        total = torch.empty_like(out)
+    combine, total = _COMBINE[op], out
+    if any(out.data_ptr() == version.data_ptr() for version in versions[2:]):
+        total = torch.empty_like(out)  # that version is read after the first sum
     combine(versions[0], versions[1], out=total)
     for version in versions[2:]:
         combine(total, version, out=total)
@@ -229,11 +228,7 @@ class Channel:
 
     def _reduce_scatter(self, out: Tensor, x: Tensor, op: str, call: str) -> None:
         for parts, now in self._parts(x, self._stride):
-            versions = self._trade(parts, call)
-            # A place that nobody else reads.
-            total = self._view(self.rank, self.rank, parts[self.rank])
-            combine_in_order(versions, op, total)
-            out[now].copy_(total)
+            combine_in_order(self._trade(parts, call), op, out[now])
             self._half ^= 1
 
     def _all_gather(self, out: Tensor, x: Tensor, call: str) -> None:

@@ -210,7 +210,8 @@ def all_gather(out: Tensor, x: Tensor, group: ProcessGroup) -> Transfer:
         return Transfer(channel.all_gather(out, x), sent, is_exchange=True)
     if _exchanges(group, x):
         parts = out.tensor_split(n)
-        parts[rank].copy_(x)
+        if parts[rank].data_ptr() != x.data_ptr():
+            parts[rank].copy_(x)
         peers = [(rank + j) % n for j in range(1, n)]
         works = _exchange(
             dict.fromkeys(peers, parts[rank]), {p: parts[p] for p in peers}, group
@@ -277,10 +278,10 @@ def _by_messages(out: Tensor, x: Tensor, group: ProcessGroup, op: str) -> Work:
 
     def add_in_rank_order() -> None:
         versions = [theirs.get(p, parts[rank]) for p in range(n)]
-        total = torch.empty_like(parts[rank])  # `out` may be a part of x
         if n > 1:
-            combine_in_order(versions, op, total)
-        out.copy_(total if n > 1 else parts[0])
+            combine_in_order(versions, op, out)
+        else:
+            out.copy_(parts[0])
 
     return _Then(works, add_in_rank_order)
 
