@@ -119,7 +119,8 @@ _ACCUMULATED_GRADIENT = Exercise(
             )
         ),
     },
-    hint="sum of gradient x count over ranks and micro-batches / the sum of all counts",
+    hint="each token counts once, wherever it is: weigh a gradient by its share of the "
+    "tokens of all ranks and micro-batches",
 )
 
 
@@ -171,6 +172,12 @@ _BUCKET_SIZES = Exercise(
         "the last bucket is missing: it holds the rest, however little": (
             lambda sizes, limit: [b for b in _buckets(sizes, limit) if b >= limit]
         ),
+        "a bucket with exactly bucket_bytes is full": lambda sizes, limit: _buckets(
+            sizes, limit + 1
+        ),
+        "a bucket with nothing in it does not leave": lambda sizes, limit: (
+            [*_buckets(sizes, limit), 0]
+        ),
         "a bucket is a group of parameters; add up their bytes": (
             lambda sizes, limit: sizes[::-1]
         ),
@@ -195,7 +202,7 @@ _END_OF_STEP = Exercise(
     reference=_end,
     cases=[
         ([1.0, 2.0, 3.0], [0.5, 0.5, 0.5]),
-        ([1.0, 2.0, 3.0], [2.0, 3.0, 1.0]),
+        ([1.0, 2.0, 3.0], [2.0, 3.0, 0.5]),
         ([1.0, 2.0, 9.0], [3.0, 1.0, 1.0]),
         ([4.0], [2.5]),
         ([1.0, 1.5, 2.0, 2.5], [4.0, 0.1, 0.1, 0.1]),
@@ -210,6 +217,9 @@ _END_OF_STEP = Exercise(
         "the last bucket may have to wait for the link": lambda ready, durations: (
             ready[-1] + durations[-1]
         ),
+        "the largest bucket need not be the last one: go through them in order": (
+            lambda ready, durations: ready[-1] + max(durations)
+        ),
         "the link carries one bucket at a time: a bucket waits for the one before": (
             lambda ready, durations: max(map(sum, zip(ready, durations, strict=True)))
         ),
@@ -222,5 +232,6 @@ _END_OF_STEP = Exercise(
         "the link may also wait for backward: take the larger of both times bucket "
         "by bucket": lambda ready, durations: ready[0] + sum(durations),
     },
-    hint="end = max(ready[i], end) + durations[i], bucket by bucket, from end = 0",
+    hint="bucket by bucket: it leaves when it is complete and the one before it has "
+    "arrived",
 )

@@ -179,6 +179,13 @@ def _against_rank_0(hashes: Hashes) -> Drift:
     return None
 
 
+def _by_more_than_half(hashes: Hashes) -> Drift:
+    found = _drift(hashes)
+    if found and 2 * len(found[1]) >= len(hashes):
+        return found[0], list(range(len(hashes)))
+    return found
+
+
 def _last_drift(hashes: Hashes) -> Drift:
     drift = None
     for i in range(len(hashes[0])):
@@ -216,6 +223,7 @@ _FIRST_DRIFT = Exercise(
         ([[7], [8], [8], [7], [8]],),
         ([[5, 6]],),
         ([[11, 12], [11, 13], [11, 12], [11, 13]],),
+        ([[5, 3], [6, 3], [5, 3], [7, 3]],),
     ],
     mistakes={
         "rank 0 may be the one that drifted: count how often each hash appears": (
@@ -224,6 +232,9 @@ _FIRST_DRIFT = Exercise(
         "return the first tensor that differs, not the last": _last_drift,
         "no hash is the most frequent one, so nobody knows who is right: name all "
         "ranks": lambda hashes: _drift(hashes, lower_rank_wins=True),
+        "the most frequent hash need not be that of more than half of the ranks": (
+            _by_more_than_half
+        ),
         "name only the ranks that differ in this first tensor": _whole_models,
         "return None if all replicas agree": lambda hashes: _drift(hashes) or (0, []),
         "these are the ranks that agree; return the others": _but_the_majority,

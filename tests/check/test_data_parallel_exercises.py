@@ -65,6 +65,16 @@ def full_buckets_only(sizes, bucket_bytes):
     return [b for b in bucket_sizes(sizes, bucket_bytes) if b >= bucket_bytes]
 
 
+def rest_always(sizes, bucket_bytes):
+    buckets, filled = [], 0
+    for size in sizes[::-1]:
+        filled += size
+        if filled >= bucket_bytes:
+            buckets.append(filled)
+            filled = 0
+    return [*buckets, filled]
+
+
 WRONG = [
     ("accumulated_gradient", lambda g, c: g, "returns its argument"),
     ("accumulated_gradient", lambda g, c: g.mean((0, 1)), "more tokens weighs more"),
@@ -92,6 +102,8 @@ WRONG = [
     ("bucket_sizes", lambda s, b: [sum(s)], "one bucket with everything"),
     ("bucket_sizes", lambda s, b: s[::-1], "add up their bytes"),
     ("bucket_sizes", lambda s, b: [s], "return a list of 2"),
+    ("bucket_sizes", lambda s, b: bucket_sizes(s, b + 1), "is full"),
+    ("bucket_sizes", rest_always, "nothing in it"),
     ("end_of_step", lambda r, d: r, "returns its argument"),
     ("end_of_step", lambda r, d: r[-1] + sum(d), "communication after backward"),
     ("end_of_step", lambda r, d: r[-1] + d[-1], "wait for the link"),
@@ -102,6 +114,7 @@ WRONG = [
     ),
     ("end_of_step", lambda r, d: sum(d), "before it is ready"),
     ("end_of_step", lambda r, d: max(r), "the end of backward"),
+    ("end_of_step", lambda r, d: max(r) + max(d), "need not be the last one"),
     ("end_of_step", lambda r, d: r[0] + sum(d), "may also wait for backward"),
 ]
 

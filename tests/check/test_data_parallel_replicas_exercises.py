@@ -88,6 +88,16 @@ def whole_models(hashes):
     return (found[0], ranks) if found else None
 
 
+def strict(hashes):
+    for i, column in enumerate(zip(*hashes, strict=True)):
+        usual = max(column, key=column.count)
+        others = [rank for rank, h in enumerate(column) if h != usual]
+        if others:
+            sure = column.count(usual) > len(column) / 2
+            return i, others if sure else list(range(len(column)))
+    return None
+
+
 def agreeing(hashes):
     found = first_drift(hashes)
     if found is not None:
@@ -162,6 +172,7 @@ WRONG = [
     ("first_drift", against_rank_0, "rank 0 may be the one"),
     ("first_drift", trusting, "nobody knows who is right"),
     ("first_drift", backwards, "not the last"),
+    ("first_drift", strict, "more than half"),
     ("first_drift", whole_models, "in this first tensor"),
     ("first_drift", lambda h: first_drift(h) or (0, []), "return None if all"),
     ("first_drift", agreeing, "return the others"),
