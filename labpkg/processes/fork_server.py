@@ -7,7 +7,7 @@ its death. It runs a single thread and never touches CUDA, because a fork copies
 threads nor a CUDA context. When the kernel ends, however it ends, the fork server kills
 the ranks and ends too.
 
-The server speaks to the kernel only through the socket of each rank (see `rank.py`):
+The server speaks to the kernel only through the socket of each rank (see `parcels.py`):
 `p` and the process id after the fork, `x` and wait status with time after the death.
 
 Chapter: processes/ranks.

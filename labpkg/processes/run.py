@@ -26,7 +26,8 @@ import psutil
 
 from labpkg.processes.diagnosis import Failure, Where, diagnose
 from labpkg.processes.fork_server import DEATH, PID, ForkServer, kill_group
-from labpkg.processes.rank import load, one_line, send_message
+from labpkg.processes.parcels import load, send_message
+from labpkg.processes.rank import one_line
 
 _START_S = 120.0  # for the fork server to import everything
 _JOIN_S = 60.0  # for the ranks to form the group, unless the run may take longer

@@ -29,7 +29,8 @@ from labpkg.processes.diagnosis import RankError
 from labpkg.processes.fork_server import ForkServer
 from labpkg.processes.interrupts import Interrupts
 from labpkg.processes.mesh import Placement, choose_placement
-from labpkg.processes.rank import Job, dump
+from labpkg.processes.parcels import dump
+from labpkg.processes.rank import Job
 from labpkg.processes.run import Run
 
 __all__ = ["RankError", "World"]
