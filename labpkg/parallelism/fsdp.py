@@ -33,13 +33,15 @@ from labpkg.processes.replicas import (
     broadcast_state,
     require_same_model,
 )
+from labpkg.processes.step_guard import guard_steps
 from labpkg.processes.units import (
     Reduction,
     Unit,
+    changed,
     checked_units,
     default_units,
     members_of_units,
-    memory_of,
+    require_plain_autograd,
     require_shardable,
     tensors_in,
 )
@@ -62,11 +64,14 @@ def fully_shard(
     The model is changed in place. Names stay; `model.parameters()` yields this rank's
     flat slices (possibly empty), see `shard_of`. After `backward()` their `.grad` is
     the slice of the mean gradient over the ranks, None where no rank used the
-    parameter. So any elementwise optimizer, made afterwards, trains its part alone (not
-    LBFGS, Adafactor or Muon, which need whole parameters).
+    parameter. So any elementwise optimizer, made afterwards, trains its part alone. One
+    that looks at whole parameters, such as Adafactor, LARS or LBFGS, raises a
+    ValueError at its first step.
 
-    Call the model itself: only that gathers its parameters. Make changes to it (dtype,
-    device, more layers) before; copies and pickles of a sharded model are refused.
+    Call the model itself: only that gathers its parameters, each for its unit alone. So
+    what reads the weight of another module must lie in one unit with it. Make changes
+    to the model (dtype, device, more layers) before; copies and pickles of a sharded
+    model are refused.
 
     Args:
         model: The model; each rank may start from another seed, rank 0 wins.
@@ -103,6 +108,7 @@ def fully_shard(
     engine = _FullyShard(mesh, reshard_after_forward, param_dtype, deterministic)
     for module, members in members_of_units(model, modules).items():
         engine.add(module, Unit(members, mesh, param_dtype, reduce_dtype))
+    guard_steps(engine, model.parameters())
     return model
 
 
@@ -172,10 +178,12 @@ class _FullyShard:
         """Leave alone what a penalty on the slices themselves gave them."""
 
     def _before(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        require_plain_autograd()
         unit, following = self._units[number], None
         recomputes = self._in_backward()
-        if number == 0 and not recomputes:
-            self._stack.clear()  # of a forward pass that an interrupt broke off
+        if number == 0 and not recomputes and self._stack:
+            self._leave_all()  # a forward pass that an interrupt broke off
+            self._stack.clear()
         self._stack.append(number)
         if not recomputes:
             if len(self._stack) == 1:
@@ -198,10 +206,12 @@ class _FullyShard:
             return
         while self._stack.pop() != number:
             pass
-        nodes = [x.grad_fn for x in tensors_in(output) if x.grad_fn is not None]
+        tensors = list(tensors_in(output))
+        nodes = [x.grad_fn for x in tensors if x.grad_fn is not None]
         nodes = nodes if torch.is_grad_enabled() else []
+        is_inner = bool(self._stack) and not self._in_backward()
         if not unit.in_backward and number not in self._stack:
-            unit.leave()
+            unit.hide() if is_inner else unit.leave()
             if self._reshard or not nodes:
                 unit.free()
         if nodes:
@@ -213,6 +223,12 @@ class _FullyShard:
         if not self._stack and not self._in_backward():
             self._order = self._calls if number == 0 else self._order
             self._drop_ahead()
+            self._leave_all()
+        unit.require_none_of(tensors)
+
+    def _leave_all(self) -> None:
+        for unit in self._units:
+            unit.leave()
 
     def _in_backward(self) -> bool:
         return self._task is not None and self._task == _autograd_task()
@@ -226,28 +242,17 @@ class _FullyShard:
             )
         self._check(root)
         for unit in self._units:
-            unit.leave()
+            unit.hide()
             unit.free()
         self._ahead, self._calls, self._tape = None, [], []
 
     def _check(self, root: nn.Module | None) -> None:
         for unit in self._units:
-            for module, name, sliced, _ in unit.places:
-                if module._parameters.get(name) is not sliced:
-                    raise ValueError(_changed(name, "replaced"))
-            for group in unit.groups:
-                for sliced, full, memory in zip(
-                    group.sliced, group.full, group.memory, strict=True
-                ):
-                    if memory_of(sliced) != memory:
-                        raise ValueError(_changed("a parameter", "moved or converted"))
-                    if sliced.requires_grad and not group.is_trained:
-                        raise ValueError(_changed("a parameter", "unfrozen"))
-                    full.requires_grad_(sliced.requires_grad)
+            unit.require_intact()
         if root is not None:
             for name, parameter in root.named_parameters():
                 if shard_of(parameter) is None:
-                    raise ValueError(_changed(name, "added"))
+                    raise changed(name, "added")
 
     def _expected(self, unit: Unit) -> Unit | None:
         """Return the unit that came next in the last forward pass."""
@@ -366,10 +371,3 @@ class _FullyShard:
 def _autograd_task() -> int:
     """Return the number of the backward pass that runs here, or -1."""
     return torch._C._current_graph_task_id()
-
-
-def _changed(name: str, what: str) -> str:
-    return (
-        f"{name} was {what} after fully_shard, which knows only the slices that it "
-        "made; change the model first, then shard it"
-    )

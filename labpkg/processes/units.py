@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from labpkg.processes.flat import ShardedBucket, mark_shard, shard_of
 from labpkg.processes.in_place import all_gather_, reduce_scatter_
-from labpkg.processes.replicas import release
-from labpkg.processes.traffic import axis_of
+from labpkg.processes.replicas import release, require_device
 from labpkg.processes.transport import Work
 
 # The parameters of a unit, and where modules keep each: in several places if tied.
@@ -160,6 +159,36 @@ class _CutParameter(nn.Parameter):
         )
 
 
+# What may be asked of a parameter whose elements are elsewhere.
+_SHAPE_METHODS = ("size", "dim", "numel", "element_size", "is_floating_point")
+
+
+class _HiddenParameter(nn.Parameter):
+    """What others see of a unit's parameter while the model computes: its shape."""
+
+    place = ""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func.__name__ == "__get__" or func.__name__ in _SHAPE_METHODS:
+            return Tensor.__torch_function__.__func__(cls, func, types, args, kwargs)
+        places = [x.place for x in args if isinstance(x, cls)]
+        raise RuntimeError(
+            f"{max(places, default='') or 'a parameter'} is read outside of its unit "
+            "of fully_shard, where it is not gathered; choose `units` so that one "
+            "contains all that reads it, or leave it to the model itself"
+        )
+
+
+def _hidden(module: nn.Module, name: str, full: nn.Parameter) -> nn.Parameter:
+    hidden = nn.Parameter(full.data, requires_grad=full.requires_grad)
+    hidden.__class__ = _HiddenParameter
+    vars(hidden)["place"] = f"{type(module).__name__}.{name}"
+    return hidden
+
+
 class Unit:
     """A module whose parameters are gathered around its computation."""
 
@@ -185,6 +214,7 @@ class Unit:
                 self.places += [(*place, sliced, full) for place in members[old]]
                 old.grad, old.data = None, old.data.new_empty(0)
                 old.__class__ = _CutParameter
+        self.hidden = [_hidden(*place[:2], place[3]) for place in self.places]
         self.in_backward = False
         self.leave()
 
@@ -212,6 +242,35 @@ class Unit:
         """Put the slices back; the whole parameters stay gathered."""
         for module, name, sliced, _ in self.places:
             _put(module, name, sliced)
+
+    def hide(self) -> None:
+        """Put there what refuses to be read, while others compute."""
+        for (module, name, _, _), hidden in zip(self.places, self.hidden, strict=True):
+            _put(module, name, hidden)
+
+    def require_none_of(self, tensors: Iterable[Tensor]) -> None:
+        """Refuse outputs that are whole parameters, or views of them."""
+        own = {id(full) for _, _, _, full in self.places}
+        if any(id(x) in own or id(x._base) in own for x in tensors):
+            raise RuntimeError(
+                "a unit of fully_shard returned a parameter, whose memory it frees "
+                "when it ends; return what it computes, or a clone"
+            )
+
+    def require_intact(self) -> None:
+        """Refuse slices that were changed in another way than by an optimizer."""
+        for module, name, sliced, _ in self.places:
+            if module._parameters.get(name) is not sliced:
+                raise changed(name, "replaced")
+        for group in self.groups:
+            for sliced, full, memory in zip(
+                group.sliced, group.full, group.memory, strict=True
+            ):
+                if memory_of(sliced) != memory:
+                    raise changed("a parameter", "moved or converted")
+                if sliced.requires_grad and not group.is_trained:
+                    raise changed("a parameter", "unfrozen")
+                full.requires_grad_(sliced.requires_grad)
 
     def free(self) -> None:
         """Give up the memory of the whole parameters."""
@@ -299,20 +358,15 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 def require_shardable(model: nn.Module, mesh: DeviceMesh) -> None:
     """Refuse what cannot be sharded, before anything is sent."""
-    n = axis_of(mesh).size
+    require_device(model, mesh)
     named = dict(model.named_parameters())
     num_elements = sum(p.numel() for p in named.values())
-    if num_elements < n:
+    if num_elements < mesh.size():
         raise ValueError(
             f"the model has {num_elements} elements in {len(named)} parameters, fewer "
-            f"than the axis has ranks ({n}); use DataParallel, or a smaller axis"
+            f"than the axis has ranks ({mesh.size()}); use DataParallel, or a smaller "
+            "axis"
         )
-    for name, tensor in (*named.items(), *model.named_buffers()):
-        if tensor.device.type != mesh.device_type:
-            raise ValueError(
-                f"{name} is on {tensor.device}, the mesh on {mesh.device_type}; move "
-                f"the model first: model.to({mesh.device_type!r})"
-            )
     for name, layer in model.named_modules():
         if getattr(layer, "sparse", False):
             raise ValueError(
@@ -325,3 +379,22 @@ def require_shardable(model: nn.Module, mesh: DeviceMesh) -> None:
                 f"{name} is sharded already; shard a model once, as a whole"
             )
         release(name, parameter)
+
+
+def require_plain_autograd() -> None:
+    """Refuse to compute where no hook of autograd could gather a unit for backward."""
+    is_inside = torch._C._functorch.maybe_current_level() is not None  # pyright: ignore
+    if is_inside and torch.is_grad_enabled():
+        raise RuntimeError(
+            "a unit of fully_shard is called inside a transform of torch.func, which "
+            "its backward pass would not notice; choose `units` so that the transform "
+            "is inside one (units=[] makes the model a single unit)"
+        )
+
+
+def changed(name: str, what: str) -> ValueError:
+    """Return the error for a model that was changed after it was cut."""
+    return ValueError(
+        f"{name} was {what} after fully_shard, which knows only the slices that it "
+        "made; change the model first, then shard it"
+    )

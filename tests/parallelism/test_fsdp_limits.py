@@ -144,7 +144,11 @@ def bad_input():
             ("takes one, such as", nn.Linear(2, 2), {"mesh": mesh}),
             ("0 elements in 0 parameters, fewer", nn.ReLU(), {}),
             ("1 elements in 1 parameters", nn.Linear(1, 1, bias=False), {}),
-            ("weight is on meta, the mesh on cpu", nn.Linear(2, 2, device="meta"), {}),
+            (
+                "weight lies on meta, but the mesh is one of cpu",
+                nn.Linear(2, 2, device="meta"),
+                {},
+            ),
             ("sparse=False", nn.Embedding(4, 2, sparse=True), {}),
             (
                 r"units\[0\], a Linear, is no submodule",
@@ -226,6 +230,126 @@ def test_parameters_may_be_frozen_later(world2):
     assert world2.run(frozen_afterwards) == 2 * [["blocks.1.weight", "blocks.1.bias"]]
 
 
+class Reads(Fragile):
+    """Reads a weight of one unit in another, or outside of all."""
+
+    reads = None
+
+    def forward(self, x):
+        assert next(self.blocks[0].parameters()).shape == (WIDTH, WIDTH)
+        assert self.blocks[1].weight.dtype == torch.float64
+        if self.reads is not None:
+            x = self.reads(x, self.blocks[0])
+        return super().forward(x)
+
+
+def read_outside():
+    for keep in (False, True):
+        for match, reads in (
+            (r"Linear\.weight is read outside", lambda x, b: x @ b.weight),
+            ("Linear.bias is", lambda x, b: x * b.bias[:1]),  # slices would give it
+            ("a parameter is read", lambda x, b: x + b.weight.data[0, 0]),
+        ):
+            model = sharded(Reads, reshard_after_forward=not keep)
+            for _ in range(2):  # the second time the weight may be on its way
+                model.reads = None
+                loss_of(model).backward()
+                model.reads = reads
+                with pytest.raises(RuntimeError, match=match):
+                    loss_of(model)
+                assert all(type(p) is nn.Parameter for p in model.parameters())
+        whole = sharded(Reads, reshard_after_forward=not keep, units="none")
+        whole.reads = reads
+        loss_of(whole).backward()
+    return full_gradients(whole)
+
+
+def test_weights_are_read_in_their_units_only(world2):
+    alone = build(Reads)
+    alone.reads = lambda x, b: x + b.weight.data[0, 0]
+    loss_of(alone, shard=False).backward()
+    want = {n: p.grad for n, p in alone.named_parameters()}
+    for found in world2.run(read_outside):
+        assert deviation(found, want) <= TOLERANCE
+
+
+class Gives(nn.Module):
+    """A unit that returns its weight, as it is or changed."""
+
+    class Unit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+            self.change = torch.clone
+
+        def forward(self):
+            return self.change(self.weight)
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Unit()])
+
+    def forward(self, x):
+        return x @ self.blocks[0]()
+
+
+def given_away():
+    model = sharded(Gives)
+    for change in (lambda w: w, torch.t):
+        model.blocks[0].change = change
+        with pytest.raises(RuntimeError, match="returned a parameter"):
+            loss_of(model)
+    model.blocks[0].change = torch.clone
+    loss_of(model).backward()
+    return full_gradients(model)
+
+
+def test_a_unit_may_not_return_its_parameters(world2):
+    want = alone(Gives)
+    for found in world2.run(given_away):
+        assert deviation(found, want) <= TOLERANCE
+
+
+class Mapped(Fragile):
+    def forward(self, x):
+        return torch.func.vmap(super().forward)(x)
+
+
+def mapped():
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        loss_of(sharded(Mapped))
+    model = sharded(Mapped, units="none")
+    loss_of(model).backward()
+    return full_gradients(model)
+
+
+def test_transforms_belong_inside_a_unit(world2):
+    want = alone(Mapped)
+    for found in world2.run(mapped):
+        assert deviation(found, want) <= TOLERANCE
+
+
+def interrupted():
+    model = sharded(Fragile)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    hook = model.blocks[1].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        loss_of(model)
+    hook.remove()
+    loss_of(model).backward()
+    assert whole_bytes() == 0
+    return full_gradients(model)
+
+
+def test_an_interrupt_leaves_it_usable(world2):
+    want = alone(Fragile)
+    for found in world2.run(interrupted):
+        assert deviation(found, want) <= TOLERANCE
+
+
 def old_optimizer_and_copies():
     model = build(Fragile)
     model.blocks[0].weight.tag = "kept"
@@ -247,6 +371,103 @@ def old_optimizer_and_copies():
 
 def test_what_could_not_train_is_refused(world2):
     assert world2.run(old_optimizer_and_copies) == [True, True]
+
+
+class Scaled(lab.SGD):
+    """Scales by the norm of each gradient if its group says so."""
+
+    def __init__(self, params, *, lr, by_norm=False):
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group.setdefault("by_norm", by_norm)
+        self.defaults["by_norm"] = by_norm
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad /= p.grad.norm() if group["by_norm"] else 1
+        return super().step(closure)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Steps another optimizer, which it needs to be made."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step()
+
+
+def not_elementwise():
+    model = sharded(lab.MLP, 6, 11, 6)
+    first, second = (list(model[i].parameters()) for i in (0, 2))
+    loss_of(model).backward()
+    before = full_state_dict(model)
+    warm_up = torch.optim.Adafactor(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(warm_up, lambda step: 0.1 * step)
+    mixed = [{"params": first}, {"params": second, "by_norm": True}]
+    later = Scaled(first, lr=0.1)
+    refused = (
+        (warm_up, "one element depends on others"),
+        (torch.optim.LBFGS(model.parameters()), "LBFGS cannot update slices"),
+        (Scaled(model.parameters(), lr=0.1, by_norm=True), "depends on others"),
+        (Scaled(mixed, lr=0.1), "Scaled cannot update slices of parameters"),
+        (Wrapper(torch.optim.Adafactor(first)), "Adafactor cannot"),
+    )
+    with lab.count_comms() as log:
+        for optimizer, match in refused:
+            for _ in range(2):
+                with pytest.raises(ValueError, match=match):
+                    optimizer.step(lambda: 0.0)
+    assert log["dp"].calls == 0
+    assert all(torch.equal(full_state_dict(model)[n], t) for n, t in before.items())
+    later.step()
+    later.add_param_group({"params": second, "by_norm": True})
+    with pytest.raises(ValueError, match="Scaled cannot"):
+        later.step()
+    return True
+
+
+def test_optimizers_of_whole_parameters_are_refused(world2):
+    assert world2.run(not_elementwise) == [True, True]
+
+
+def other_optimizers():
+    from torch.optim.optimizer import _global_optimizer_pre_hooks  # of this process
+
+    hooks = len(_global_optimizer_pre_hooks)
+    model = sharded(lab.MLP, 6, 11, 6)
+    assert len(_global_optimizer_pre_hooks) == hooks + 1
+    makes = []
+    for cls in (torch.optim.AdamW, lab.AdamW, torch.optim.NAdam, Scaled):
+        tried = type(cls.__name__, (cls,), {"__init__": _counting(cls, makes)})
+        optimizer = tried(model.parameters(), lr=0.1)
+        for _ in range(3):
+            loss_of(model).backward()
+            optimizer.step()
+    # Its own, one to see whether it can be made, and two that are compared.
+    assert [makes.count(cls) for cls in dict.fromkeys(makes)] == [4, 4, 4, 4]
+    replica = lab.MLP(6, 11, 6)
+    replica(torch.ones(2, 6)).sum().backward()
+    torch.optim.Adafactor(replica.parameters()).step()  # it has no slices
+    del model, optimizer
+    gc.collect()
+    assert len(_global_optimizer_pre_hooks) == hooks
+    return True
+
+
+def _counting(cls, makes):
+    def init(self, params, lr, **options):
+        makes.append(cls)
+        cls.__init__(self, params, lr=lr, **options)
+
+    return init
+
+
+def test_other_optimizers_are_tried_once(world2):
+    assert world2.run(other_optimizers) == [True, True]
 
 
 def dropped():
