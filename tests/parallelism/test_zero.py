@@ -159,6 +159,56 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(world2, stage, accum
         assert found["reduced"] == times * 5 * size
 
 
+def only_before(stage):
+    """Use the branch under `no_sync` on rank 1 only, and not afterwards."""
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = build("branches")
+    opt = ZeroOptimizer(
+        model.parameters(), lab.SGD, mesh, stage=stage, bucket_bytes=300, lr=0.1
+    )
+    x, _ = batch(0)
+    with opt.no_sync():
+        model(x[6 * mesh.get_local_rank() :][:6]).square().sum().backward()
+    model(x[:6]).square().sum().backward()
+    return lab.full_gradients(model)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_parameter_that_was_used_only_under_no_sync_is_reduced(world2, stage):
+    model = build("branches")
+    x, _ = batch(0)
+    for part in (x[:6], x[6:], x[:6], x[:6]):
+        (model(part).square().sum() / 2).backward()
+    want = {name: p.grad for name, p in model.named_parameters()}
+    assert want["sometimes.weight"] is not None
+    for found in world2.run(only_before, stage):
+        assert [n for n in found if found[n] is None] == [
+            n for n in want if want[n] is None
+        ]
+        used = [n for n in want if want[n] is not None]
+        assert deviation(found, {n: want[n] for n in used}) <= 10 * TOLERANCE
+
+
+def buckets_held(stage):
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(9)))
+    opt = ZeroOptimizer(
+        model.parameters(), lab.SGD, mesh, stage=stage, bucket_bytes=1, lr=0.1
+    )
+    held = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(
+            lambda _: held.append(sum(b.gradient is not None for b in opt._buckets))
+        )
+    model(torch.ones(2, 4)).sum().backward()
+    return held
+
+
+@pytest.mark.parametrize(("stage", "want"), [(1, [*range(1, 10)]), (2, [1] * 9)])
+def test_stage_2_keeps_only_the_bucket_that_travels(world2, stage, want):
+    assert world2.run(buckets_held, stage) == [want] * 2
+
+
 def bitwise(stage, cls):
     mesh = lab.make_mesh(dp=4)["dp"]
     model = build().float()
@@ -173,9 +223,16 @@ def bitwise(stage, cls):
     return [p.detach() for p in model.parameters()]
 
 
+@pytest.fixture(scope="module")
+def checked4():
+    with lab.World(4, device="cpu", check=True) as world:  # torch's own collectives
+        yield world
+
+
 @pytest.mark.parametrize("cls", [lab.SGD, lab.AdamW])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_rank_order_makes_it_bitwise_one_process(world4, stage, cls):
+@pytest.mark.parametrize("name", ["world4", "checked4"])
+def test_rank_order_makes_it_bitwise_one_process(request, name, stage, cls):
     model = build().float()
     opt = cls(model.parameters(), lr=0.01)
     for step in range(5):
@@ -183,7 +240,7 @@ def test_rank_order_makes_it_bitwise_one_process(world4, stage, cls):
             (((model(x) - y) ** 2).mean() / 4).backward()
         opt.step()
         opt.zero_grad()
-    for found in world4.run(bitwise, stage, cls):
+    for found in request.getfixturevalue(name).run(bitwise, stage, cls):
         for a, b in zip(found, model.parameters(), strict=True):
             assert torch.equal(a, b)
 
@@ -341,6 +398,42 @@ class Counting(lab.SGD):
         for group in self.param_groups:
             group["lr"] = 0.1 / self.num_steps
         return super().step(closure)
+
+
+def order_of_buckets():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = build()
+    opt = ZeroOptimizer(groups(model), lab.SGD, mesh, stage=1, bucket_bytes=1, lr=0.1)
+    names = {p: name for name, p in model.named_parameters()}
+    return [[names[p] for p in bucket.parameters] for bucket in opt._buckets]
+
+
+def test_buckets_of_all_groups_leave_in_the_order_of_backward(world2):
+    layers = [name.rpartition(".")[0] for name, _ in build().named_parameters()]
+    for order in world2.run(order_of_buckets):
+        found = [name.rpartition(".")[0] for bucket in order for name in bucket]
+        assert found == layers[::-1]
+
+
+def zeroed(stage):
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = build()
+    opt = ZeroOptimizer(model.parameters(), lab.SGD, mesh, stage=stage, lr=0.1)
+    x, _ = batch(0)
+    model(x).sum().backward()
+    once = lab.full_gradients(model)
+    opt.zero_grad(set_to_none=False)
+    zeros = lab.full_gradients(model)
+    model(x).sum().backward()
+    return once, zeros, lab.full_gradients(model)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_can_be_set_to_zero_instead_of_none(world2, stage):
+    for once, zeros, again in world2.run(zeroed, stage):
+        for name, gradient in once.items():
+            assert not zeros[name].any()
+            assert torch.equal(again[name], gradient)
 
 
 def state_dict_round_trip():
