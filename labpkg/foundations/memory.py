@@ -37,6 +37,12 @@ def live_tensor_bytes(device: torch.device | str | None = None) -> int:
     """
     gc.collect()  # what only a dead cycle holds is not alive
     wanted = torch.device(device) if device is not None else None
+    with torch._C.DisableTorchFunctionSubclass():  # which may refuse to be looked at
+        return sum(_storages(wanted).values())
+
+
+def _storages(wanted: torch.device | None) -> dict[tuple[str, int], int]:
+    """Return the bytes of each storage, by device and address."""
     # By type: isinstance would ask lazy proxies, which may import or warn.
     found: list[Tensor] = [
         o for o in gc.get_objects() if issubclass(type(o), Tensor) and _has_memory(o)
@@ -46,7 +52,7 @@ def live_tensor_bytes(device: torch.device | str | None = None) -> int:
     for storage in (t.untyped_storage() for t in found if _has_memory(t)):
         if _is_on(storage.device, wanted):
             storages[str(storage.device), storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return storages
 
 
 def _has_memory(tensor: Tensor) -> bool:

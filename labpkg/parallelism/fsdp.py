@@ -294,6 +294,11 @@ class _FullyShard:
         *around, unit = (self._units[number] for number in tape[i])
         if unit.in_backward:  # by another of its outputs
             return
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a backward pass with create_graph=True would keep whole parameters "
+                "that are freed; use DataParallel for gradients of gradients"
+            )
         if unit.version() != version:
             raise RuntimeError(
                 "parameters were changed between a forward pass and its backward "

@@ -57,6 +57,27 @@ def test_replicas_hold_everything_and_the_flags_of_their_buckets(world2):
     assert world2.run(train_replica) == [expected] * 2
 
 
+def hold_what_refuses_to_be_read():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    old = lab.SGD(model.parameters(), lr=0.1)  # holds parameters that are cut below
+    seen = []  # while a unit is whole and the other hidden
+    model[0].register_forward_hook(lambda *_: seen.append(live_tensor_bytes()))
+    fully_shard(model, mesh)
+    before = live_tensor_bytes()
+    x = torch.ones(4, 8)
+    with torch.no_grad():
+        model(x)  # there is no order yet, in which to gather ahead
+    del model
+    assert old.param_groups
+    return seen[0] - before
+
+
+def test_parameters_that_refuse_to_be_read_are_counted_right(world2):
+    # The input, the output and the parameters of the only unit that is whole.
+    assert world2.run(hold_what_refuses_to_be_read) == 2 * [4 * (32 + 32 + 72)]
+
+
 def train_at(stage):
     mesh = lab.make_mesh(dp=4)["dp"]
     first = torch.zeros(1)

@@ -129,6 +129,10 @@ def breaks():
             p.mul_(2)
     with pytest.raises(RuntimeError, match="between a forward pass"):
         loss.backward()
+    model = sharded(Fragile, reshard_after_forward=False)
+    x = batch()[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="gradients of gradients"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
     return True
 
 
