@@ -115,12 +115,11 @@ class Task:
         self._ended = threading.Event()
 
     def do(self, broken: BaseException | None) -> BaseException | None:
-        """Run, unless the channel is broken; return the error, if any."""
+        """Run, unless an error has broken the channel; return the error, if any."""
+        self._error = broken
         try:
-            if broken is not None:
-                raise RuntimeError("an earlier collective failed") from broken
-            assert self._run is not None
-            self._run(self.call)
+            if broken is None and self._run is not None:
+                self._run(self.call)
         except BaseException as error:
             self._error = error
         self._run = None  # it holds tensors, and a handle may be kept for long

@@ -508,6 +508,24 @@ def test_misuse_is_named(world2):
     assert world2.run(refused_later) == [True, True]
 
 
+def backward_on_one_rank():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = build()
+    opt = ZeroOptimizer(
+        model.parameters(), lab.SGD, mesh, stage=1, bucket_bytes=1, lr=0.1
+    )
+    if dist.get_rank() == 0:
+        model(batch(0)[0]).sum().backward()
+    opt.step()
+
+
+def test_a_rank_that_leaves_out_a_backward_is_told_why_it_fails(world2):
+    with pytest.raises(
+        lab.RankError, match=r"^rank \d: .*different collectives.*all_ga"
+    ):
+        world2.run(backward_on_one_rank)
+
+
 def broken_off():
     mesh = lab.make_mesh(dp=2)["dp"]
     model = build()
