@@ -266,12 +266,17 @@ class FullyShardEngine(_ShardedBatch):
         def shard(model: nn.Module, **options: Any) -> object:
             return fully_shard(model, mesh["dp"], **options)
 
-        stranger = nn.Linear(2, 2)
+        stranger, sharded = nn.Linear(2, 2), shard(nn.Linear(4, 4))
+        assert isinstance(sharded, nn.Module)
+        adafactor = torch.optim.Adafactor(sharded.parameters())
+        for p in sharded.parameters():
+            p.grad = torch.ones_like(p)
         inputs = super().bad_inputs(mesh)
         del inputs["nothing to train"]  # a frozen model may be sharded, to save memory
         return {
             **inputs,
             "more ranks than elements": lambda: shard(nn.Linear(1, 1, bias=False)),
+            "an optimizer that is not elementwise": adafactor.step,
             "a foreign unit": lambda: shard(nn.Linear(2, 2), units=[stranger]),
         }
 
