@@ -6,6 +6,8 @@ from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 
 import labpkg as lab
+from labpkg.bench.memory import peak_bytes
+from labpkg.bench.steps import mesh_of_messages, training_step, with_adamw
 from labpkg.parallelism.fsdp import fully_shard
 from labpkg.parallelism.whole import full_state_dict
 
@@ -87,3 +89,30 @@ def test_mixed_precision_follows_fsdp2(world2, reduce_dtype):
         assert losses == want
         for name, other in others.items():
             assert torch.equal(mine[name], other), name
+
+
+def peaks(reshard):
+    config = lab.GPTConfig(
+        num_layers=4, width=128, num_heads=2, sequence_length=16, tied=False
+    )
+    dp = lab.make_mesh(dp=2)["dp"]
+    found, losses = {}, {}
+    engines = {
+        "fsdp2": lambda model: with_adamw(by_torch(model, dp, reshard, None, None)),
+    }
+    for name, mesh in (("shared memory", dp), ("messages", mesh_of_messages())):
+        engines[name] = lambda model, mesh=mesh: with_adamw(
+            fully_shard(model, mesh, reshard_after_forward=reshard)
+        )
+    for name, engine in engines.items():
+        step = lambda name=name, engine=engine: training_step(
+            engine, config, 1, losses, name
+        )
+        found[name] = peak_bytes(step)
+    return found
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_peak_is_not_above_that_of_fsdp2(world2, reshard):
+    for found in world2.run(peaks, reshard):
+        assert found["shared memory"] < found["messages"] <= found["fsdp2"]
