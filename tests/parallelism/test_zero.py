@@ -508,6 +508,37 @@ def test_misuse_is_named(world2):
     assert world2.run(refused_later) == [True, True]
 
 
+class Decaying(lab.SGD):
+    """Counts the steps of each group, and divides the learning rate by them."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            group["lr"] = 0.1 / group["count"]
+        return super().step(closure)
+
+
+def discarded():
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = build()
+    opt = ZeroOptimizer(
+        model.parameters(), Decaying, mesh, stage=1, bucket_bytes=1, lr=0.1
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    with opt.no_sync():
+        model(batch(0)[0]).sum().backward()
+    opt.zero_grad()
+    for _ in range(3):
+        opt.step()
+    (group,) = opt.param_groups
+    pairs = zip(before, model.parameters(), strict=True)
+    return group["count"], group["lr"], all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_zero_grad_discards_whole_gradients_and_step_returns_options(world2):
+    assert world2.run(discarded) == [(3, 0.1 / 3, True)] * 2
+
+
 def backward_on_one_rank():
     mesh = lab.make_mesh(dp=2)["dp"]
     model = build()
