@@ -89,11 +89,11 @@ _ZERO_MEMORY = Exercise(
         (7_500_000_000, 3, 64),
     ],
     mistakes={
-        "one stage too far: stage 1 divides the moments only": lambda K, stage, n: (
-            _memory(K, min(stage + 1, 3), n)
+        "one stage too far: stage 0 divides nothing, stage 1 the moments": (
+            lambda K, stage, n: _memory(K, min(stage + 1, 3), n)
         ),
-        "one stage too few: stage 3 divides the weights too": lambda K, stage, n: (
-            _memory(K, max(stage - 1, 0), n)
+        "one stage too few: only stage 0 divides nothing": lambda K, stage, n: _memory(
+            K, max(stage - 1, 0), n
         ),
         "Adam keeps two numbers for each element, of 4 bytes each": (
             lambda K, stage, n: _memory(K, stage, n) - 4 * K / (n if stage else 1)
@@ -111,7 +111,8 @@ _ZERO_MEMORY = Exercise(
             _memory(K, stage, n) / 4
         ),
     },
-    hint="8 bytes / n from stage 1 on, 4 / n of the gradient from 2, 4 / n from 3",
+    hint="add three terms, for weight, gradient and moments: each is whole, or is "
+    "divided by n from its stage on",
 )
 
 
@@ -159,6 +160,25 @@ def _from_own_start(sizes: Sequence[int], n: int, rank: int) -> list[tuple[int, 
     return [(0, stop - start) for start, stop in _ranges(sizes, n, rank)]
 
 
+def _inverted(sizes: Sequence[int], n: int, rank: int) -> list[tuple[int, int]]:
+    short, num_longer = divmod(sum(sizes), n)
+    first = rank * short + min(rank, num_longer)
+    last, offset, ranges = first + short + (rank < num_longer), 0, []
+    for size in sizes:
+        ranges.append((max(first - offset, 0), min(last - offset, size)))
+        offset += size
+    return ranges
+
+
+def _longer_at_the_end(
+    sizes: Sequence[int], n: int, rank: int
+) -> list[tuple[int, int]]:
+    short, num_longer = divmod(sum(sizes), n)
+    num_short = n - num_longer
+    first = rank * short + max(rank - num_short, 0)
+    return _between(sizes, first, first + short + (rank >= num_short))
+
+
 def _unclamped(sizes: Sequence[int], n: int, rank: int) -> list[tuple[int, int]]:
     short, num_longer = divmod(sum(sizes), n)
     first = rank * short + min(rank, num_longer)
@@ -199,12 +219,14 @@ _OWNED_RANGES = Exercise(
         "a range ends with its parameter at the latest, and is (0, 0) when empty": (
             _unclamped
         ),
+        "an empty range is (0, 0): its end lies before its start here": _inverted,
+        "the first ranks have one element more, not the last": _longer_at_the_end,
         "this is the part of rank n - 1 - rank: rank 0 owns the front": (
             lambda sizes, n, rank: _ranges(sizes, n, n - 1 - rank)
         ),
     },
-    hint="find the ends of the rank's slice, subtract the offset of the parameter, "
-    "clamp both to 0 .. size",
+    hint="find where the rank's slice begins and ends in the bucket, then which part "
+    "of each parameter lies between",
 )
 
 
@@ -226,6 +248,11 @@ def _rounded_down(num_elements: int, stage: int, memory_bytes: int) -> int:
     if free < 0 or free == 0 < divided:
         return -1
     return max(1, divided // free) if divided else 1
+
+
+def _never_when_full(num_elements: int, stage: int, memory_bytes: int) -> int:
+    free = memory_bytes - (16 - _divided_bytes(stage)) * num_elements
+    return _fewest(num_elements, stage, memory_bytes) if free > 0 else -1
 
 
 def _power_of_two(num_elements: int, stage: int, memory_bytes: int) -> int:
@@ -255,11 +282,16 @@ _FEWEST_RANKS = Exercise(
         "this divides everything; what the stage does not divide is in the memory of "
         "each rank": lambda K, stage, memory: -(-16 * K // memory),
         "any number of ranks will do, not only powers of two": _power_of_two,
+        "where nothing is divided, a rank that is full holds all": _never_when_full,
+        "at most memory_bytes: a rank may be full": lambda K, stage, memory: _fewest(
+            K, stage, memory - 1
+        ),
         "stage 1 divides 12 of the 16 bytes, stage 2 14, stage 3 all": (
             lambda K, stage, memory: _fewest(K, min(stage + 1, 3), memory)
         ),
         "some stages never fit: what they do not divide is too large already; return "
         "-1": lambda K, stage, memory: max(1, _fewest(K, stage, memory)),
     },
-    hint="divided bytes / (memory - undivided bytes), rounded up, if that is positive",
+    hint="a rank holds what its stage leaves whole; how much memory does that leave "
+    "for its slice?",
 )

@@ -135,7 +135,7 @@ _CLIP_SLICES = Exercise(
             lambda slices, max_norm: [s.clamp(-max_norm, max_norm) for s in slices]
         ),
     },
-    hint="every slice times min(1, max_norm / root of the sum of all squares)",
+    hint="one factor for all slices, from the norm of the whole gradient",
 )
 
 
@@ -184,6 +184,15 @@ def _old_velocity(theta: Any, gradients: Any, velocities: Any, lr: Any, momentum
     return theta - lr * torch.cat(list(velocities)), states
 
 
+def _no_velocity(theta: Any, gradients: Any, velocities: Any, lr: Any, momentum: Any):
+    _, states = _mean_step(theta, gradients, velocities, lr, momentum)
+    return theta - lr * torch.stack(list(gradients)).mean(0), states
+
+
+def _uphill(theta: Any, gradients: Any, velocities: Any, lr: Any, momentum: Any):
+    return _mean_step(theta, gradients, velocities, -lr, momentum)
+
+
 def _slices(theta: Any, gradients: Any, velocities: Any, lr: Any, momentum: Any):
     new, states = _mean_step(theta, gradients, velocities, lr, momentum)
     return list(new.chunk(len(states))), states
@@ -218,6 +227,8 @@ _SHARDED_MOMENTUM = Exercise(
             _not_gathered
         ),
         "update the velocity before theta": _old_velocity,
+        "theta moves along the velocity, not along the gradient": _no_velocity,
+        "theta moves against the velocity: minus lr v": _uphill,
         "join the slices of theta: every rank holds it whole at stage 1": _slices,
         "the gradient enters the velocity undamped: v = momentum v + g": (
             lambda theta, gradients, velocities, lr, momentum: _mean_step(
@@ -225,7 +236,8 @@ _SHARDED_MOMENTUM = Exercise(
             )
         ),
     },
-    hint="mean gradient, slice r to rank r, update slice by slice, then join theta",
+    hint="three lines of the chapter, with momentum as the optimizer; return the whole "
+    "theta and a list of velocities",
 )
 
 
@@ -303,6 +315,6 @@ _RESHARD = Exercise(
         ],
         "a parameter may lie on several ranks; cut the bucket evenly": _by_parameter,
     },
-    hint="join parameter by parameter, cut what all have together into n slices, and "
-    "divide each slice at the ends of the parameters",
+    hint="what would the whole state of each parameter be, and which part of it does a "
+    "rank own?",
 )

@@ -108,6 +108,29 @@ def beyond(sizes, n, rank):
     return between(sizes, first, first + len(own), clamp=False)
 
 
+def clamped_once(sizes, n, rank):
+    own = torch.arange(sum(sizes)).tensor_split(n)[rank].tolist()
+    first = own[0] if own else sum(sizes)
+    offsets = list(accumulate([0, *sizes]))[:-1]
+    return [
+        (max(first - offset, 0), min(first + len(own) - offset, size))
+        for offset, size in zip(offsets, sizes, strict=True)
+    ]
+
+
+def last_are_longer(sizes, n, rank):
+    lengths = sorted(map(len, torch.arange(sum(sizes)).tensor_split(n)))
+    first = sum(lengths[:rank])
+    return between(sizes, first, first + lengths[rank])
+
+
+def never_full(num_elements, stage, memory_bytes):
+    whole = num_elements * (16, 4, 2, 0)[stage]
+    if memory_bytes <= whole:
+        return -1
+    return fewest_ranks(num_elements, stage, memory_bytes)
+
+
 WRONG = [
     ("zero_memory", lambda K, stage, n: K, "returns its argument"),
     ("zero_memory", lambda K, stage, n: 16 * K / n, "only stage 3"),
@@ -131,6 +154,10 @@ WRONG = [
     ("owned_ranges", each_cut, "not each parameter by itself"),
     ("owned_ranges", in_bucket, "not of the bucket"),
     ("owned_ranges", beyond, "ends with its parameter"),
+    ("owned_ranges", clamped_once, "before its start"),
+    ("owned_ranges", last_are_longer, "not the last"),
+    ("fewest_ranks", lambda K, s, m: fewest_ranks(K, s, m - 1), "may be full"),
+    ("fewest_ranks", never_full, "nothing is divided"),
     (
         "owned_ranges",
         lambda sizes, n, rank: owned_ranges(sizes, n, n - 1 - rank),

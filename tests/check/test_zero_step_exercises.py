@@ -131,6 +131,16 @@ def in_turn(pieces, n):
     return [[w if i % n == r else w[:0] for i, w in whole] for r in range(n)]
 
 
+def along_the_gradient(theta, gradients, velocities, lr, momentum):
+    _, new = sharded_momentum(theta, gradients, velocities, lr, momentum)
+    return theta - lr * sum(gradients) / len(gradients), new
+
+
+def uphill(theta, gradients, velocities, lr, momentum):
+    down, new = sharded_momentum(theta, gradients, velocities, lr, momentum)
+    return 2 * theta - down, new
+
+
 WRONG = [
     ("clip_slices", lambda slices, max_norm: slices, "returns its argument"),
     ("clip_slices", by_own_norm, "the factors differ"),
@@ -143,6 +153,8 @@ WRONG = [
     ("sharded_momentum", with_sum, "divide by n"),
     ("sharded_momentum", rank_0_only, "all-gather is missing"),
     ("sharded_momentum", theta_first, "update the velocity before theta"),
+    ("sharded_momentum", along_the_gradient, "not along the gradient"),
+    ("sharded_momentum", uphill, "minus lr v"),
     ("sharded_momentum", cut_theta, "join the slices of theta"),
     ("sharded_momentum", damped, "undamped"),
     ("reshard", lambda pieces, n: pieces, "returns its argument"),
