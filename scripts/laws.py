@@ -80,18 +80,19 @@ LAWS = {
     ),
     "bfloat16": Law(
         "Half precision",
-        "The same for a model in bfloat16, whose numbers have 8 bits: here rounding "
-        "decides, and the tolerance is four units in the last place.",
+        "The same for a model in bfloat16, whose numbers have 8 significant bits: here "
+        "rounding decides, and the tolerance is four units in the last place.",
     ),
     "bitwise": Law(
         "Bitwise",
         "With `deterministic=True` ranks add in the order of their numbers. On 2 and 4 "
         "ranks gradients and parameters after five steps are then bitwise those of one "
-        "process that accumulates the shards one after the other: all models, in "
-        "float64 and float32, but for odd sizes, since kernels round by the alignment "
-        "of what they read, and flat buffers move it. (On 3 ranks 1/n is rounded. In "
-        "bfloat16 gradients are bitwise equal; the optimizer of a slice is not, since "
-        "torch rounds `add` with a factor otherwise in the last elements of a tensor.)",
+        "process that accumulates the shards one after the other: all models in "
+        "float64, the book's own in float32 too, but none of odd sizes: how a kernel "
+        "rounds depends on the alignment of what it reads, which flat buffers change. "
+        "(On 3 ranks 1/n is rounded. In bfloat16 gradients are bitwise equal, but "
+        "parameters need not be: torch rounds `add` with a factor otherwise in the last "
+        "elements of a tensor, and slices end elsewhere.)",
     ),
 }
 
