@@ -1,0 +1,118 @@
+"""The engines on GPUs: NCCL, and gloo between ranks that share one. The CPU goes first.
+
+The same function runs in each place, so the cases on the CPU keep it right where there
+is no GPU.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import labpkg as lab
+
+NUM_GPUS = torch.cuda.device_count()
+CONFIG = {"num_layers": 2, "width": 32, "num_heads": 2, "sequence_length": 16}
+ENGINES = ["data_parallel", "zero 1", "zero 2", "fully_shard"]
+
+
+def on_gpus(world_size, backend, num_gpus):
+    reason = f"needs {num_gpus} GPUs for {backend}, torch sees {NUM_GPUS}"
+    marks = [pytest.mark.gpu, pytest.mark.skipif(num_gpus > NUM_GPUS, reason=reason)]
+    return pytest.param("cuda", world_size, backend, marks=marks)
+
+
+PLACES = [
+    ("cpu", 2, "gloo"),
+    on_gpus(1, "nccl", 1),
+    on_gpus(2, "gloo", 1),
+    on_gpus(4, "gloo", 1),
+    on_gpus(2, "nccl", 2),
+]
+
+
+def train(engine: str | None) -> dict:
+    """Train for three steps on the own device; return the whole state on the CPU."""
+    mesh = lab.make_mesh(dp=dist.get_world_size())["dp"]
+    n, rank = mesh.size(), mesh.get_local_rank()
+    with torch.device("cpu"):  # the generators of CPU and GPU differ
+        torch.manual_seed(0 if engine is None else rank)
+        model = lab.GPT(lab.GPTConfig(**CONFIG)).to(torch.float64)
+    model = model.to(torch.get_default_device())
+    loss_model = model
+    make = lambda cls, *more, **options: cls(
+        lab.param_groups(model, weight_decay=0.1), *more, lr=1e-3, **options
+    )
+    if engine == "data_parallel":
+        loss_model = lab.DataParallel(model, mesh, check_every=1)
+    if engine == "fully_shard":
+        lab.fully_shard(model, mesh)
+    if engine in ("zero 1", "zero 2"):
+        stage = int(engine[-1])
+        optimizer = make(lab.ZeroOptimizer, lab.AdamW, mesh, stage=stage)
+    else:
+        optimizer = make(lab.AdamW)
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(256, (3, 4, 17), generator=generator)
+    norms = []
+    for batch in tokens.to(torch.get_default_device()):
+        mine = batch.chunk(n)[rank]
+        lab.cross_entropy(loss_model(mine[:, :-1]), mine[:, 1:]).backward()
+        norms.append(lab.clip_grad_norm(model, 0.5).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        "device": next(model.parameters()).device.type,
+        "backend": dist.get_backend(),
+        "norms": norms,
+        "model": lab.full_state_dict(model, device="cpu"),
+        "moments": lab.full_state_dict(optimizer, device="cpu")["state"][0],
+    }
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with lab.World(1, device="cpu") as world:
+        return world.run(train, None)[0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("device", "world_size", "backend"), PLACES)
+def test_engines_equal_one_cpu_process(reference, device, world_size, backend, engine):
+    with lab.World(world_size, device=device, backend=backend) as world:
+        ranks = world.run(train, engine)
+    for found in ranks:
+        assert (found["device"], found["backend"]) == (device, backend)
+        assert found["norms"] == pytest.approx(reference["norms"], rel=1e-9)
+        for name, want in reference["model"].items():
+            got = found["model"][name]
+            assert (got - want).norm() <= 1e-9 * want.norm(), name
+        for name, want in reference["moments"].items():
+            torch.testing.assert_close(
+                found["moments"][name], want, rtol=1e-7, atol=1e-12
+            )
+
+
+def bfloat16() -> bool:
+    """Compute and reduce in bfloat16 from slices in float32."""
+    mesh = lab.make_mesh(dp=dist.get_world_size())["dp"]
+    torch.manual_seed(0)
+    model = lab.GPT(lab.GPTConfig(**CONFIG))
+    lab.fully_shard(model, mesh, param_dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = torch.randint(256, (4, 17))
+    losses = []
+    for _ in range(10):
+        loss = lab.cross_entropy(model(tokens[:, :-1]).float(), tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    kept = {p.dtype for p in model.parameters()} == {torch.float32}
+    return kept and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("device", "world_size", "backend"), PLACES)
+def test_bfloat16_trains_float32_slices(device, world_size, backend):
+    with lab.World(world_size, device=device, backend=backend) as world:
+        assert all(world.run(bfloat16))
