@@ -91,8 +91,8 @@ LAWS = {
         "float64, the book's own in float32 too, but none of odd sizes: how a kernel "
         "rounds depends on the alignment of what it reads, which flat buffers change. "
         "(On 3 ranks 1/n is rounded. In bfloat16 gradients are bitwise equal, but "
-        "parameters need not be: torch rounds `add` with a factor otherwise in the last "
-        "elements of a tensor, and slices end elsewhere.)",
+        "parameters need not be: torch rounds `add` with a factor otherwise in the "
+        "last elements of a tensor, and slices end elsewhere.)",
     ),
 }
 
