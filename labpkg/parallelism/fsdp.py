@@ -108,7 +108,7 @@ def fully_shard(
     engine = _FullyShard(mesh, reshard_after_forward, param_dtype, deterministic)
     for module, members in members_of_units(model, modules).items():
         engine.add(module, Unit(members, mesh, param_dtype, reduce_dtype))
-    guard_steps(engine, model.parameters())
+    guard_steps()
     return model
 
 

@@ -9,56 +9,53 @@ Chapter: parallelism/zero.
 
 from __future__ import annotations
 
+import functools
 import inspect
-import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from labpkg.foundations.optimizers import elementwise_defaults
+from labpkg.processes.flat import shard_of
 
 _NO_OPTIONS = ("params", "param_names", "initial_lr")
 
 
-def guard_steps(owner: object, slices: Iterable[Tensor]) -> None:
-    """Try each optimizer of these slices at its first step, while `owner` lives.
+@functools.cache
+def guard_steps() -> None:
+    """Try each optimizer of slices at its first step, from now on in this process.
 
-    It is tried on small tensors of its own, see `elementwise_defaults`, with its
-    options in each group. One that its `defaults` do not suffice to make, such as a
-    wrapper of another, is not tried: what it wraps is, at its own step.
-
-    Args:
-        owner: The engine, which keeps the slices alive.
-        slices: What an optimizer may only update element by element.
+    A slice is a parameter that is the local part of its own `Shard`. An optimizer is
+    tried on small tensors of its own, see `elementwise_defaults`, with its options in
+    each group. One that its `defaults` do not suffice to make, such as a wrapper of
+    another, is not tried: what it wraps is, at its own step.
     """
-    handle = register_optimizer_step_pre_hook(_StepGuard(slices))
-    weakref.finalize(owner, handle.remove).atexit = False
+    # For good: torch goes through all such hooks at each step, and none may vanish
+    # meanwhile, as with a model that the garbage collector finds then.
+    register_optimizer_step_pre_hook(_guard)
 
 
-class _StepGuard:
-    def __init__(self, slices: Iterable[Tensor]) -> None:
-        self._slices = frozenset(id(p) for p in slices)
-        # How many groups each had when it was tried.
-        self._tried: weakref.WeakKeyDictionary[Optimizer, int]
-        self._tried = weakref.WeakKeyDictionary()
+def _guard(optimizer: Optimizer, *_: Any) -> None:
+    groups = optimizer.param_groups
+    if getattr(optimizer, "_labpkg_num_tried", None) == len(groups):
+        return
+    tried = []
+    for group in groups:
+        first = next((p for p in group["params"] if _is_slice(p)), None)
+        options = {k: v for k, v in group.items() if k not in _NO_OPTIONS}
+        options.pop("lr", None)  # 0 at the start of a warm-up, which hides all
+        if first is not None and options not in tried:
+            _try(optimizer, options, first.device.type)
+            tried.append(options)
+    optimizer._labpkg_num_tried = len(groups)  # pyright: ignore
 
-    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        groups = optimizer.param_groups
-        if self._tried.get(optimizer) == len(groups):
-            return
-        tried = []
-        for group in groups:
-            first = next((p for p in group["params"] if id(p) in self._slices), None)
-            options = {k: v for k, v in group.items() if k not in _NO_OPTIONS}
-            options.pop("lr", None)  # 0 at the start of a warm-up, which hides all
-            if first is not None and options not in tried:
-                _try(optimizer, options, first.device.type)
-                tried.append(options)
-        self._tried[optimizer] = len(groups)
+
+def _is_slice(parameter: nn.Parameter) -> bool:
+    shard = shard_of(parameter)
+    return shard is not None and shard.local is parameter
 
 
 def _try(optimizer: Optimizer, group: dict[str, Any], device: str) -> None:

@@ -166,8 +166,8 @@ def test_unusual_models_equal_one_process(world4, kind):
         assert deviation(found, want) <= TOLERANCE
 
 
-def some_inputs_and_some_outputs():
-    model = sharded(reshard_after_forward=False)
+def some_inputs_and_some_outputs(keep):
+    model = sharded(reshard_after_forward=not keep)
     x = batch()[0][:2].requires_grad_()
     y = model(x)
     (slope,) = torch.autograd.grad(y.sum(), x)  # no parameter is asked for
@@ -188,14 +188,17 @@ def some_inputs_and_some_outputs():
     return (slope, early), touched, penalty, full_state_dict(model)
 
 
-def test_other_ways_into_the_graph(world2):
+@pytest.mark.parametrize("keep", [False, True])
+def test_other_ways_into_the_graph(world2, keep):
     model = build()
     x = batch()[0][:2].requires_grad_()
     wants = (
         *torch.autograd.grad(model(x).sum(), x),
         *torch.autograd.grad(model.blocks[0](model.embed(x)).sum(), x),
     )
-    for slopes, touched, penalty, state in world2.run(some_inputs_and_some_outputs):
+    for slopes, touched, penalty, state in world2.run(
+        some_inputs_and_some_outputs, keep
+    ):
         for slope, want in zip(slopes, wants, strict=True):
             assert torch.allclose(slope, want, rtol=TOLERANCE, atol=0)
         assert touched == {n for n in penalty if n.startswith("blocks.0.")}
