@@ -99,9 +99,13 @@ class ZeroBucket:
             else:
                 self.gradient_views[i].zero_()
         assert self.gradient is not None
-        own = self.gradient[self.layout.own]
+        out = own = self.gradient[self.layout.own]
+        if not self.keeps_gradient and self.earlier is None:
+            out = self.slice = (
+                torch.empty_like(own) if self.slice is None else self.slice
+            )
         self.work = reduce_scatter_(
-            own, self.gradient, self.mesh, deterministic=deterministic
+            out, self.gradient, self.mesh, deterministic=deterministic
         )
 
     def collect(self) -> None:
@@ -110,12 +114,11 @@ class ZeroBucket:
             return
         self.work.wait()
         own = self.gradient[self.layout.own]
-        if self.earlier is not None:
-            own.add_(self.earlier)
         if self.keeps_gradient:
-            self.slice = own
+            self.slice = own if self.earlier is None else own.add_(self.earlier)
         else:
-            self.slice = own.clone() if self.slice is None else self.slice.copy_(own)
+            if self.earlier is not None:  # the slice itself
+                self.earlier.add_(own)
             self.gradient, self.gradient_views = None, []
         self.work = self.earlier = None
 
