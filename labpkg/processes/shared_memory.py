@@ -51,13 +51,7 @@ _COMBINE = {
 
 
 def combine_in_order(versions: Sequence[Tensor], op: str, out: Tensor) -> None:
-    """Reduce at least two versions from left to right into `out`.
-
-    Args:
-        versions: What to reduce.
-        op: One of the reductions.
-        out: Where the result goes; it may be the memory of one version.
-    """
+    """Reduce at least two versions from left to right into `out`, which may be one."""
     combine, total = _COMBINE[op], out
     if any(out.data_ptr() == version.data_ptr() for version in versions[2:]):
         total = torch.empty_like(out)  # that version is read after the first sum
@@ -195,7 +189,6 @@ class Channel:
             while (task := self.tasks.get()) is not None:
                 self.call = task.call
                 broken = task.do(broken) or broken
-                del task  # it holds tensors, and the next one may be long in coming
                 self.call = ""
                 if broken is not None:  # peers must not wait for this rank
                     self.hang_up()
