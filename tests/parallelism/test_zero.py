@@ -378,7 +378,8 @@ def refused_later():
         opt.load_state_dict(state | {"layout": [4, *state["layout"][1:]]})
     with pytest.raises(ValueError, match=r"elements of buckets\] = None"):
         opt.load_state_dict(lab.SGD(model.parameters(), lr=0.1).state_dict())
-    model.trunk.weight.data = model.trunk.weight.data.clone()
+    weight = model.get_parameter("trunk.weight")
+    weight.data = weight.data.clone()
     with pytest.raises(ValueError, match="moved, cast or replaced"):
         opt.step()
     alive = weakref.ref(opt)

@@ -158,7 +158,7 @@ def life():
         assert torch.equal(p, want[name].view(-1)[shard.start : shard.stop])
         assert p.requires_grad == (name != "0.bias")
         with pytest.raises(RuntimeError, match="make the optimizer after fully_shard"):
-            old[name] + 1
+            _ = old[name] + 1
     for _ in range(2):
         assert not unit.is_gathered()
         unit.start()
@@ -173,7 +173,7 @@ def life():
             assert (p.shape, p.dtype) == (want[name].shape, want[name].dtype)
             assert (p.dim(), p.numel()) == (want[name].dim(), want[name].numel())
             with pytest.raises(RuntimeError, match=rf"{name[2:]} is read outside"):
-                p + 1
+                _ = p + 1
         unit.leave()
         assert dict(model.named_parameters()) == sliced
         unit.free()
@@ -227,7 +227,7 @@ def given_or_changed():
     model, unit, _, _ = make_unit()
     unit.start()
     unit.enter()
-    weight = model[0].weight
+    weight = model.get_parameter("0.weight")
     unit.require_none_of([weight + 1, weight.clone(), torch.ones(2)])
     for x in (weight, weight.t(), weight[0]):
         with pytest.raises(RuntimeError, match="returned a parameter"):
@@ -242,7 +242,7 @@ def given_or_changed():
     model[0].bias.requires_grad_(False)
     version = unit.version()
     with torch.no_grad():
-        model[0].weight.add_(1)
+        model.get_parameter("0.weight").add_(1)
     assert unit.version() > version
     model[2].float()
     with pytest.raises(ValueError, match="moved or converted"):
