@@ -99,15 +99,27 @@ def take_parameters(module: nn.Module) -> list[Tensor]:
             "the model has no parameter that needs a gradient; data parallelism has "
             "nothing to average: use the model as it is"
         )
+    require_dense(module)
+    for name, parameter in named.items():
+        release(name, parameter)
+    return list(named.values())
+
+
+def require_dense(module: nn.Module) -> None:
+    """Refuse layers whose gradients have no place in a flat bucket.
+
+    Args:
+        module: The model.
+
+    Raises:
+        ValueError: If a layer makes sparse gradients.
+    """
     for name, layer in module.named_modules():
         if getattr(layer, "sparse", False):
             raise ValueError(
                 f"{name} makes sparse gradients, which have no place in a bucket; "
                 "build it with sparse=False"
             )
-    for name, parameter in named.items():
-        release(name, parameter)
-    return list(named.values())
 
 
 def require_device(module: nn.Module, mesh: DeviceMesh) -> None:

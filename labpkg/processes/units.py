@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from labpkg.processes.flat import ShardedBucket, mark_shard, shard_of
 from labpkg.processes.in_place import all_gather_, reduce_scatter_
-from labpkg.processes.replicas import release, require_device
+from labpkg.processes.replicas import release, require_dense, require_device
 from labpkg.processes.transport import Work
 
 # The parameters of a unit, and where modules keep each: in several places if tied.
@@ -367,12 +367,7 @@ def require_shardable(model: nn.Module, mesh: DeviceMesh) -> None:
             f"than the axis has ranks ({mesh.size()}); use DataParallel, or a smaller "
             "axis"
         )
-    for name, layer in model.named_modules():
-        if getattr(layer, "sparse", False):
-            raise ValueError(
-                f"{name} makes sparse gradients, which have no place in a bucket; "
-                "build it with sparse=False"
-            )
+    require_dense(model)
     for name, parameter in named.items():
         if shard_of(parameter) is not None:
             raise ValueError(
