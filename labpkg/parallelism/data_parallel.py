@@ -151,15 +151,14 @@ class _Bucket:
     def _move(self, i: int, scale: float) -> None:
         gradient, view = self.parameters[i].grad, self.views[i]
         assert gradient is not None
+        if gradient.data_ptr() == view.data_ptr():
+            if scale != 1:
+                view.mul_(scale)
+            return
         # Scaling on the way in costs nothing; a mean by gloo is one more pass.
-        with torch.no_grad():
-            if gradient.data_ptr() == view.data_ptr():
-                if scale != 1:
-                    view.mul_(scale)
-                return
-            torch.mul(gradient.to(self.wide), scale, out=view)
-            if not self.converts:
-                self.parameters[i].grad = view
+        torch.mul(gradient.detach().to(self.wide), scale, out=view)
+        if not self.converts:
+            self.parameters[i].grad = view
 
     def launch(self, mesh: DeviceMesh, *, deterministic: bool) -> None:
         """Start averaging; a parameter without a gradient counts as zero and unused."""

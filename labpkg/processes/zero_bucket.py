@@ -38,7 +38,7 @@ class ZeroBucket:
     def __init__(
         self, parameters: list[Tensor], mesh: DeviceMesh, *, keeps_gradient: bool
     ) -> None:
-        self.parameters, self.mesh = parameters, mesh
+        self.parameters, self.mesh, self.share = parameters, mesh, 1 / mesh.size()
         self.keeps_gradient = keeps_gradient
         self.layout = ShardedBucket([p.shape for p in parameters], mesh)
         self.weights = parameters[0].new_empty(self.layout.num_elements)
@@ -83,8 +83,7 @@ class ZeroBucket:
                 "a sparse gradient has no place in a bucket; build the embedding with "
                 "sparse=False"
             )
-        share = 1 / self.mesh.size()
-        torch.mul(gradient.detach(), share, out=self.gradient_views[i])
+        torch.mul(gradient.detach(), self.share, out=self.gradient_views[i])
         self.parameters[i].grad = None
 
     def launch(self, deterministic: bool) -> None:
