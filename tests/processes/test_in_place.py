@@ -81,7 +81,8 @@ def bytes_in_flight(messages: bool) -> int:
     mesh = lab.make_mesh(dp=4)["dp"]
     if messages:
         transport.use_messages(mesh.get_group())
-    all_reduce_(torch.ones(1), mesh).wait()  # opens the channel
+    first = torch.ones(1)  # kept: gloo's thread lets go of it at any moment
+    all_reduce_(first, mesh).wait()  # opens the channel
     whole = torch.ones(10_003)
     own = whole[slice(*slice_bounds(len(whole), 4, mesh.get_local_rank()))]
     before = lab.live_tensor_bytes()
