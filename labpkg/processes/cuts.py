@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from labpkg.processes.collectives import all_gather
@@ -72,10 +72,14 @@ class Place:
         mesh: The axis.
         counts: Whether this rank's copy is the one that counts; the others of a tied
             parameter do not.
+        number: Where the parameter stands among those of the whole model, as its
+            `parameters()` yields them. Copies of a tied one share the number; what
+            belongs to no model has none.
     """
 
     mesh: DeviceMesh
     counts: bool = True
+    number: int | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
@@ -91,11 +95,14 @@ def mark_cut(parameter: Tensor, cut: Cut | None) -> None:
     parameter._labpkg_cut = cut  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def place_of(parameter: Tensor) -> Place | None:
-    """Return over which axis a parameter is dealt out, or None."""
-    return getattr(parameter, "_labpkg_place", None)
+def place_of(owner: Tensor | nn.Module) -> Place | None:
+    """Return over which axis a parameter, or a model, is dealt out, or None.
+
+    A model has a mark of its own, because a rank may hold no parameter of it.
+    """
+    return getattr(owner, "_labpkg_place", None)
 
 
-def mark_place(parameter: Tensor, place: Place | None) -> None:
-    """Let `place_of` find the axis of a parameter; None takes the mark away."""
-    parameter._labpkg_place = place  # pyright: ignore[reportAttributeAccessIssue]
+def mark_place(owner: Tensor | nn.Module, place: Place | None) -> None:
+    """Let `place_of` find the axis of a parameter or model; None takes the mark away."""
+    owner._labpkg_place = place  # pyright: ignore[reportAttributeAccessIssue]
