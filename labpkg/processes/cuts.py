@@ -104,5 +104,5 @@ def place_of(owner: Tensor | nn.Module) -> Place | None:
 
 
 def mark_place(owner: Tensor | nn.Module, place: Place | None) -> None:
-    """Let `place_of` find the axis of a parameter or model; None takes the mark away."""
-    owner._labpkg_place = place  # pyright: ignore[reportAttributeAccessIssue]
+    """Let `place_of` find the axis of a parameter or model; None takes it away."""
+    vars(owner)["_labpkg_place"] = place
