@@ -59,6 +59,13 @@ from labpkg.check.gradient_descent_step_exercises import (
     momentum_step,
 )
 from labpkg.check.messages_exercises import finish_times
+from labpkg.check.pipeline_exercises import (
+    best_cut,
+    fewest_micro_batches,
+    one_f_one_b_order,
+    peak_in_flight,
+)
+from labpkg.check.pipeline_step_exercises import micro_batch_gradients, step_time
 from labpkg.check.ranks_exercises import (
     first_failure,
     global_rank,
@@ -74,6 +81,16 @@ from labpkg.check.setup_exercises import (
     ranks_per_gpu,
     threads_per_rank,
     visible_gpus,
+)
+from labpkg.check.tensor_parallel_exercises import (
+    cheapest_cuts,
+    compute_bound_width,
+    feed_forward,
+    qkv_rows,
+)
+from labpkg.check.tensor_parallel_gradient_exercises import (
+    sequence_gradients,
+    vocabulary_loss,
 )
 from labpkg.check.training_loop_data_exercises import (
     binary_scores,
@@ -101,19 +118,24 @@ __all__ = [
     "attention",
     "attention_gradient",
     "batch_time",
+    "best_cut",
     "binary_scores",
     "broadcast_gradient",
     "bucket_sizes",
     "causal_mask",
+    "cheapest_cuts",
     "chunked_cross_entropy",
     "clip_by_norm",
     "clip_slices",
+    "compute_bound_width",
     "cross_entropy",
     "cross_entropy_gradient",
     "doubling_rounds",
     "early_stopping",
     "end_of_step",
     "exchange",
+    "feed_forward",
+    "fewest_micro_batches",
     "fewest_ranks",
     "finish_times",
     "first_drift",
@@ -130,13 +152,17 @@ __all__ = [
     "mean_of_used",
     "merge_attention",
     "merged_statistics",
+    "micro_batch_gradients",
     "momentum_step",
     "multi_head",
     "new_enough",
     "num_pieces",
+    "one_f_one_b_order",
     "owned_ranges",
     "padded_indices",
+    "peak_in_flight",
     "position_noise",
+    "qkv_rows",
     "rank_batch",
     "rank_variables",
     "ranks_per_gpu",
@@ -146,6 +172,7 @@ __all__ = [
     "ring_pays_from",
     "ring_time",
     "sent_bytes",
+    "sequence_gradients",
     "shard_bounds",
     "sharded_momentum",
     "sharpness",
@@ -154,9 +181,11 @@ __all__ = [
     "stage_speedup",
     "standardize",
     "step_starts",
+    "step_time",
     "supervise",
     "threads_per_rank",
     "visible_gpus",
+    "vocabulary_loss",
     "weighted_mean",
     "whole_run",
     "zero_memory",

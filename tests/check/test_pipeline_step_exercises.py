@@ -1,0 +1,144 @@
+"""The checkers of parallelism/pipeline on a whole step: right and wrong answers."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from labpkg import check
+from labpkg.planning.actions import Action, Schedule
+from labpkg.planning.schedules import gpipe
+from tests.check.laws import ExerciseLaws
+
+EXERCISES: dict[str, Any] = {
+    name: checker
+    for name, checker in vars(check).items()
+    if getattr(checker, "__module__", "") == "labpkg.check.pipeline_step_exercises"
+}
+
+
+def micro_batch_gradients(x, y, weights, num_micro_batches, *, weight=None, cut=False):
+    """Let autograd do the work, stage by stage, and send what it finds."""
+    weight = 1 / num_micro_batches if weight is None else weight
+    weights = [W.clone().requires_grad_() for W in weights]
+    pieces = zip(x.chunk(num_micro_batches), y.chunk(num_micro_batches), strict=True)
+    for h, target in pieces:
+        received, sent = [], []
+        for W in weights:
+            received.append(h.detach().requires_grad_())
+            h = torch.tanh(received[-1] @ W)
+            sent.append(h)
+        sent[-1] = weight * 0.5 * ((h - target) ** 2).sum(-1).mean()
+        delta = None
+        for h, out in zip(reversed(received), reversed(sent), strict=True):
+            out.backward(delta)
+            delta = torch.zeros_like(h) if cut else h.grad
+    return [W.grad for W in weights]
+
+
+def whole(x, y, weights, num_micro_batches):
+    return micro_batch_gradients(x, y, weights, 1)
+
+
+def step_time(orders, forward_s, backward_s):
+    """Write the orders as a schedule and add the times along its ticks."""
+    try:
+        schedule = Schedule(
+            [Action.parse(f"{stage}{action}") for action in order]
+            for stage, order in enumerate(orders)
+        )
+    except ValueError:
+        return math.inf
+    timed = sorted(
+        (tick, rank, action)
+        for rank, ticks in enumerate(schedule.ticks())
+        for tick, action in zip(ticks, schedule.ranks[rank], strict=True)
+    )
+    free, end = [0.0] * len(orders), {}
+    for _, rank, action in timed:
+        before = rank - 1 if action.kind == "F" else rank + 1
+        there = end.get((before, action.kind, action.micro_batch), 0.0)
+        free[rank] = max(free[rank], there)
+        free[rank] += forward_s if action.kind == "F" else backward_s
+        end[action] = free[rank]
+    return max(free)
+
+
+RIGHT = [
+    ("micro_batch_gradients", micro_batch_gradients),
+    ("micro_batch_gradients", whole),
+    ("step_time", step_time),
+]
+
+
+@pytest.mark.parametrize(("name", "answer"), RIGHT)
+def test_right_answers_pass(name, answer):
+    result = EXERCISES[name](answer)
+    assert result, result.message
+    assert result.cases >= 6
+
+
+def not_averaged(*case):
+    return micro_batch_gradients(*case, weight=1.0)
+
+
+def detached(*case):
+    return micro_batch_gradients(*case, cut=True)
+
+
+def last_only(x, y, weights, num_micro_batches):
+    start = len(x) - len(x) // num_micro_batches
+    return micro_batch_gradients(x[start:], y[start:], weights, 1)
+
+
+def of_the_sum(x, y, weights, num_micro_batches):
+    grads = micro_batch_gradients(x, y, weights, num_micro_batches)
+    return [len(x) * g for g in grads]
+
+
+def work(orders, forward_s, backward_s):
+    flat = [action for order in orders for action in order]
+    return sum(forward_s if action[0] == "F" else backward_s for action in flat)
+
+
+def formula(orders, forward_s, backward_s):
+    schedule = gpipe(len(orders), len(orders[0]) // 2)
+    return (forward_s + backward_s) * (len(orders) + schedule.num_micro_batches - 1)
+
+
+def never_infinite(*case):
+    time_s = step_time(*case)
+    return 0.0 if time_s == math.inf else time_s
+
+
+WRONG = [
+    ("micro_batch_gradients", lambda x, *rest: x, "returns its argument"),
+    ("micro_batch_gradients", not_averaged, "each of them counts 1 / M"),
+    ("micro_batch_gradients", detached, "get nothing"),
+    ("micro_batch_gradients", last_only, "only the last micro-batch"),
+    ("micro_batch_gradients", of_the_sum, "of the sum over samples"),
+    (
+        "micro_batch_gradients",
+        lambda *case: [g.T for g in micro_batch_gradients(*case)],
+        "transposed",
+    ),
+    (
+        "micro_batch_gradients",
+        lambda *case: [-g for g in micro_batch_gradients(*case)],
+        "keep the input and the output",
+    ),
+    ("step_time", lambda orders, forward_s, backward_s: orders, "returns its argument"),
+    ("step_time", work, "not the sum"),
+    ("step_time", lambda orders, f, b: work(orders, f, b) / len(orders), "also waits"),
+    ("step_time", formula, "here the orders decide"),
+    ("step_time", never_infinite, "end at infinity"),
+]
+
+
+class TestLaws(ExerciseLaws):
+    exercises, wrong = EXERCISES, WRONG
+
+
+def test_each_exercise_has_a_right_answer():
+    assert {name for name, _ in RIGHT} == set(EXERCISES)
