@@ -68,8 +68,8 @@ def cross_entropy(
             NaN (at ignored positions too: their gradient would be NaN), or a wrong
             option.
     """
-    _check_options(label_smoothing, reduction)
-    _check_tensors(logits, targets, ignore_index)
+    check_options(label_smoothing, reduction)
+    check_tensors(logits, targets, ignore_index)
     ignored = targets == ignore_index
     classes = targets.masked_fill(ignored, 0)
     losses = _CrossEntropy.apply(logits, classes, label_smoothing)
@@ -120,7 +120,16 @@ def _accumulation_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _check_options(label_smoothing: float, reduction: str) -> None:
+def check_options(label_smoothing: float, reduction: str) -> None:
+    """Refuse options that `cross_entropy` does not have.
+
+    Args:
+        label_smoothing: of `cross_entropy`.
+        reduction: of `cross_entropy`.
+
+    Raises:
+        ValueError: for a wrong one.
+    """
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(
             f"label_smoothing={label_smoothing} is a part of the target; choose a "
@@ -132,7 +141,20 @@ def _check_options(label_smoothing: float, reduction: str) -> None:
         )
 
 
-def _check_tensors(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
+def check_tensors(
+    logits: Tensor, targets: Tensor, ignore_index: int, *, num_shards: int = 1
+) -> None:
+    """Refuse tensors of which `cross_entropy` cannot make a loss.
+
+    Args:
+        logits: of `cross_entropy`, or a slice of their classes.
+        targets: of `cross_entropy`.
+        ignore_index: of `cross_entropy`.
+        num_shards: how many slices there are.
+
+    Raises:
+        ValueError: for a wrong shape or dtype, or a class out of range.
+    """
     if not logits.is_floating_point():
         raise ValueError(
             f"logits must be floating point, got {logits.dtype}; call .float()"
@@ -149,12 +171,13 @@ def _check_tensors(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
             "last dim of logits (movedim(1, -1) turns torch's layout into this one)"
         )
     if targets.device.type == "cpu":
+        num_classes = logits.shape[-1] * num_shards
         counted = targets[targets != ignore_index]
-        outside = counted[(counted < 0) | (counted >= logits.shape[-1])]
+        outside = counted[(counted < 0) | (counted >= num_classes)]
         if outside.numel():
             raise ValueError(
                 f"target {outside[0].item()} is not a class of logits with V="
-                f"{logits.shape[-1]}; use 0 to {logits.shape[-1] - 1}, or "
+                f"{num_classes}; use 0 to {num_classes - 1}, or "
                 f"ignore_index={ignore_index} for positions that do not count"
             )
 

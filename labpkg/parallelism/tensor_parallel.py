@@ -1,0 +1,439 @@
+"""Tensor parallelism: cut the matrices of a model over ranks that share every step.
+
+A plan says for each layer along which dim it is cut. Column then row: the first matrix
+of a pair is cut by output features, so each rank has whole hidden units and may apply
+any elementwise function; the second by input features, so the ranks' results are terms
+of a sum. One all_reduce for each pair forward (`g`), one backward (`f`).
+
+The model file knows nothing of it. It must take the number of heads or hidden units
+from what a layer returns: reshape with a fixed head width and -1 heads.
+
+Chapter: parallelism/tensor_parallel. References: Shoeybi et al. 2019, Megatron-LM,
+arXiv:1909.08053; Korthikanti et al. 2022, Reducing Activation Recomputation in Large
+Transformer Models, arXiv:2205.05198 (sequence parallelism).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from labpkg.foundations.models import GPTConfig
+from labpkg.processes.collectives import broadcast
+from labpkg.processes.flat import shard_of
+from labpkg.processes.messages import all_gather_object
+from labpkg.processes.parallel_layers import (
+    ColumnParallelLinear,
+    Layout,
+    ParallelLayer,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    block_lengths,
+    column_layout,
+    row_layout,
+    vocab_layout,
+)
+from labpkg.processes.region_hooks import Border, RankRandom, SumGradients
+from labpkg.processes.regions import f, f_sequence, join_sequence, split_sequence
+from labpkg.processes.replicas import (
+    broadcast_state,
+    release,
+    require_device,
+    require_same_model,
+)
+
+_COLUMN = (nn.Linear, ColumnParallelLinear)
+_VOCAB = (nn.Embedding, VocabParallelEmbedding)
+_LAYERS: dict[str, tuple[type[nn.Module], type[ParallelLayer]]] = {
+    "column": _COLUMN,
+    "column_fused": _COLUMN,
+    "column_gather": _COLUMN,
+    "row": (nn.Linear, RowParallelLinear),
+    "vocab": _VOCAB,
+    "vocab_sequence": _VOCAB,
+}
+_WHOLE = ("whole", "sequence_scatter", "sequence_gather")  # see all positions
+_SEQUENCE_ONLY = (*_WHOLE, "sequence", "vocab_sequence")
+_KINDS = (*_LAYERS, "region", "dropout", "sequence", *_WHOLE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """A value of a plan, read."""
+
+    kind: str
+    unit: int = 1
+    num_blocks: int = 1
+    blocks: tuple[int, ...] = ()
+
+
+class _Match(NamedTuple):
+    """A module that a plan names."""
+
+    name: str
+    pattern: str
+    module: nn.Module
+    rule: _Rule
+
+
+def apply_tensor_parallel(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    plan: Mapping[str, str],
+    *,
+    sequence_parallel: bool = False,
+) -> nn.Module:
+    """Cut the layers that a plan names over the ranks of an axis, in place.
+
+    Keys of the plan are `fnmatch` patterns over `model.named_modules()`, in which a
+    star matches dots too; each must match a module. Values say what becomes of it:
+
+    | value | module | what happens |
+    |---|---|---|
+    | `column` | `nn.Linear` | output features are cut; each rank returns its own |
+    | `column:U` | | in units of U rows, such as a head: `column:64` |
+    | `column_fused:K` | | K equal matrices are stacked, each is cut: q, k, v |
+    | `column_fused:A+B+C` | | matrices of A, B and C rows: q, k, v with grouped heads |
+    | `column_gather` | | as `column`, but each rank returns all features: a head |
+    | `row`, `row:U` | `nn.Linear` | input features are cut; the outputs are added up |
+    | `vocab` | `nn.Embedding` | the vocabulary is cut; each rank returns all |
+    | `region` | any | its first input enters once, for all column layers inside |
+    | `dropout` | any | random numbers in its forward differ by rank |
+
+    With `sequence_parallel` activations between the layers are cut along T, dim 1:
+    `column` gathers T, `row` returns this rank's positions, and each parameter must be
+    named, for one that sees a slice of the positions has a part of its gradient only.
+
+    | value | module | what happens |
+    |---|---|---|
+    | `sequence` | a norm; any | gradients inside, but of modules named otherwise, add up |
+    | `sequence_scatter` | an embedding; any | its output is cut along T |
+    | `vocab_sequence` | `nn.Embedding` | as `vocab`, and its output is cut along T |
+    | `sequence_gather` | any | its first input is gathered along T |
+    | `whole` | any | it sees all positions; nothing happens |
+
+    Parameters and buffers become those of rank 0 of the axis before they are cut, and
+    so does torch's random state: what is drawn later is equal on all ranks, whatever
+    their seeds, but inside `dropout` modules. Gradients are dropped. Parameters remain
+    the same objects, so that tied ones stay tied, and `cut_of` says how each is cut.
+    Inputs and the output are the same on all ranks. A model reads its number of heads
+    from what a layer returns: reshape with a fixed head width and -1 heads.
+
+    Args:
+        model: The same on every rank; values may differ.
+        mesh: The tensor-parallel axis, such as `mesh["tp"]`.
+        plan: What becomes of which module.
+        sequence_parallel: Cut activations along T between the layers.
+
+    Returns:
+        The model. Replicate or shard it afterwards, not before.
+
+    Raises:
+        ValueError: On every rank and with the model unchanged: for a pattern without a
+            module, an unknown value, a wrong type of layer, a module with two values,
+            a layer that is cut already or belongs to another engine, a parameter that
+            is tied to one that is cut otherwise, features or heads that n does not
+            divide, values that need `sequence_parallel`, a parameter that
+            `sequence_parallel` finds unnamed, or models or plans that differ by rank.
+
+    Communication: here a broadcast of the state. In a step of B x T tokens, for each
+    pair of column and row layers an all_reduce of (B, T, D) forward and one backward;
+    with `sequence_parallel` an all_gather and a reduce_scatter each, and one more
+    all_gather backward, so that the gathered input need not be kept.
+
+    Reference: Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022,
+    arXiv:2205.05198.
+    """
+    require_device(model, mesh)
+    require_same_model(model, mesh)
+    _require_same_plan(plan, sequence_parallel, mesh)
+    matches = _match(model, plan)
+    summed = _summed_parameters(model, matches) if sequence_parallel else {}
+    layouts = _layouts(matches, mesh, sequence_parallel)
+    _check_values(matches, sequence_parallel)
+    _check_parameters(model, layouts)
+    broadcast_state((*model.parameters(), *model.buffers()), mesh)
+    _share_random_state(mesh)
+    for match, layout in layouts:
+        match.module.__class__ = _LAYERS[match.rule.kind][1]
+        cast(ParallelLayer, match.module).take_layout(layout)
+    for match in matches:
+        _add_hooks(match, mesh, sequence_parallel, summed.get(match.module, ()))
+    return model
+
+
+def gpt_tensor_parallel_plan(
+    config: GPTConfig, *, sequence_parallel: bool = False, parallel_loss: bool = False
+) -> dict[str, str]:
+    """Return the plan that cuts a `GPT`: heads, hidden units and the vocabulary.
+
+    Args:
+        config: Of the model.
+        sequence_parallel: For `apply_tensor_parallel` with the same option.
+        parallel_loss: The model returns this rank's classes (B, T, V/n), for
+            `vocab_parallel_cross_entropy`; otherwise all logits.
+
+    Returns:
+        The plan; the axis must divide the heads, the hidden units and the vocabulary.
+    """
+    head_width = config.shape.head_width
+    plan = {
+        "embedding.tokens": "vocab",
+        "blocks.*.attention.qkv": f"column:{3 * head_width}",  # rows: head by head
+        "blocks.*.attention.out": f"row:{head_width}",
+        "blocks.*.mlp.up": "column",
+        "blocks.*.mlp.down": "row",
+        "head.output": "column" if parallel_loss else "column_gather",
+    }
+    if sequence_parallel:
+        plan["embedding"] = "sequence_scatter"
+        plan["blocks.*_norm"] = plan["head.norm"] = "sequence"
+    return plan
+
+
+def _require_same_plan(
+    plan: Mapping[str, str], sequence_parallel: bool, mesh: DeviceMesh
+) -> None:
+    mine = (list(plan.items()), sequence_parallel)
+    for rank, theirs in enumerate(all_gather_object(mine, mesh)):
+        if theirs != mine:
+            raise ValueError(
+                f"rank {rank} of the axis has another plan: {theirs}, here {mine}; "
+                "pass the same on every rank"
+            )
+
+
+def _match(model: nn.Module, plan: Mapping[str, str]) -> list[_Match]:
+    """Return the modules that the plan names, each once."""
+    if not plan:
+        raise ValueError("the plan is empty; name a layer, e.g. {'up': 'column'}")
+    modules = list(model.named_modules(remove_duplicate=False))
+    names = [name for name, _ in modules]
+    found: dict[nn.Module, _Match] = {}
+    for pattern, value in plan.items():
+        rule, is_used = _read(pattern, value), False
+        for name, module in modules:
+            if not fnmatchcase(name, pattern):
+                continue
+            is_used = True
+            first = found.setdefault(module, _Match(name, pattern, module, rule))
+            if first.rule != rule:
+                raise ValueError(
+                    f"{name} is named twice, by {first.pattern!r} as "
+                    f"{plan[first.pattern]!r} and by {pattern!r} as {value!r}; make "
+                    "one pattern narrower"
+                )
+        if not is_used:
+            near = get_close_matches(pattern, names, n=3, cutoff=0.4)
+            hint = f"; the nearest names are {', '.join(near)}" if near else ""
+            raise ValueError(
+                f"no module of the model matches {pattern!r}{hint}; look at "
+                "[name for name, _ in model.named_modules()]"
+            )
+    return list(found.values())
+
+
+def _read(pattern: str, value: str) -> _Rule:
+    """Read a value of the plan."""
+    kind, colon, sizes = str(value).partition(":")
+    try:
+        if not colon and kind in _KINDS and kind != "column_fused":
+            return _Rule(kind)
+        if kind in ("column", "column_gather", "row") and int(sizes) > 0:
+            return _Rule(kind, unit=int(sizes))
+        if kind == "column_fused" and "+" in sizes:
+            return _Rule(kind, blocks=tuple(int(size) for size in sizes.split("+")))
+        if kind == "column_fused" and int(sizes) > 0:
+            return _Rule(kind, num_blocks=int(sizes))
+    except ValueError:
+        pass  # a size that is no number: the value is unknown
+    raise ValueError(
+        f"{pattern!r}: {value!r} is no value of a plan; choose one of "
+        f"{', '.join(_KINDS)}, with whole rows as in column:64 or row:64, with blocks "
+        "as in column_fused:3 or column_fused:64+16+16"
+    )
+
+
+def _inside(matches: list[_Match], kinds: tuple[str, ...]) -> set[nn.Module]:
+    """Return all modules inside those that the plan names with these values."""
+    named = [match.module for match in matches if match.rule.kind in kinds]
+    return {inner for module in named for inner in module.modules()}
+
+
+def _layouts(
+    matches: list[_Match], mesh: DeviceMesh, sequence_parallel: bool
+) -> list[tuple[_Match, Layout]]:
+    """Say how each layer that is to be cut will lie, or refuse."""
+    plain, entered = _inside(matches, _WHOLE), _inside(matches, ("region",))
+    layouts = []
+    for match in matches:
+        name, _, layer, rule = match
+        if rule.kind not in _LAYERS:
+            continue
+        _check_layer(match)
+        is_sequence = sequence_parallel and layer not in plain and rule.kind != "vocab"
+        cut = partial(block_lengths, n=mesh.size(), unit=rule.unit)
+        if isinstance(layer, nn.Embedding):
+            blocks = cut(f"{name}: num_embeddings", layer.num_embeddings)
+            layout = vocab_layout(layer, mesh, blocks, is_sequence=is_sequence)
+        elif isinstance(layer, nn.Linear) and rule.kind == "row":
+            blocks = cut(f"{name}: in_features", layer.in_features)
+            layout = row_layout(layer, mesh, blocks, is_sequence=is_sequence)
+        else:
+            assert isinstance(layer, nn.Linear)
+            length = layer.out_features
+            stacked = rule.blocks or _equal_blocks(name, length, rule.num_blocks)
+            blocks = cut(f"{name}: out_features", length, blocks=stacked)
+            layout = column_layout(
+                layer,
+                mesh,
+                blocks,
+                is_sequence=is_sequence and layer not in entered,
+                gathers=rule.kind == "column_gather",
+                enters=layer not in entered,
+            )
+        layouts.append((match, layout))
+    return layouts
+
+
+def _equal_blocks(name: str, length: int, num_blocks: int) -> tuple[int, ...]:
+    if length % num_blocks:
+        raise ValueError(
+            f"{name}: out_features={length} is not {num_blocks} equal matrices; give "
+            "their lengths, as in column_fused:64+16+16"
+        )
+    return (length // num_blocks,) * num_blocks
+
+
+def _check_layer(match: _Match) -> None:
+    name, _, layer, rule = match
+    wanted = _LAYERS[rule.kind][0]
+    if isinstance(layer, ParallelLayer):
+        raise ValueError(
+            f"{name} is parallel already; apply a plan once, or leave the layer out"
+        )
+    if type(layer) is not wanted:
+        raise ValueError(
+            f"{name} is a {type(layer).__name__}, but {rule.kind!r} cuts a "
+            f"{wanted.__name__}; choose another value or another layer"
+        )
+    if isinstance(layer, nn.Embedding) and (
+        layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse
+    ):
+        raise ValueError(
+            f"{name}: max_norm, scale_grad_by_freq and sparse=True need the whole "
+            "embedding; build it without"
+        )
+
+
+def _check_values(matches: list[_Match], sequence_parallel: bool) -> None:
+    """Refuse values without effect, and modules that were changed by a plan before."""
+    whole = _inside(matches, _WHOLE)
+    for name, _, module, rule in matches:
+        if rule.kind in _SEQUENCE_ONLY and not sequence_parallel:
+            raise ValueError(
+                f"{name}: {rule.kind!r} has no effect without sequence_parallel=True; "
+                "pass it, or leave the value out"
+            )
+        if rule.kind == "vocab" and sequence_parallel and module not in whole:
+            raise ValueError(
+                f"{name}: 'vocab' returns all positions, but sequence_parallel wants "
+                "each rank's; choose 'vocab_sequence', or name the module around it "
+                "'sequence_scatter'"
+            )
+        if hasattr(module, "_labpkg_rule"):
+            raise ValueError(
+                f"{name} was named by a plan before; apply a plan once, or leave the "
+                "module out"
+            )
+
+
+def _check_parameters(model: nn.Module, layouts: list[tuple[_Match, Layout]]) -> None:
+    """Refuse parameters that another engine has, or that are tied to another cut."""
+    cuts = {match.module: layout.cuts for match, layout in layouts}
+    seen: dict[nn.Parameter, tuple[str, object]] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(prefix, recurse=False):
+            cut = cuts.get(module, {}).get(key.rpartition(".")[2])
+            way = None if cut is None else (cut.dim, cut.blocks)
+            name, first = seen.setdefault(parameter, (key, way))
+            if first != way:
+                raise ValueError(
+                    f"{name} and {key} are one parameter, but would be cut in two "
+                    "ways; name both layers so that the same dim is cut, e.g. 'vocab' "
+                    "and 'column'"
+                )
+            if cut is not None:
+                _require_free(key, parameter)
+
+
+def _require_free(name: str, parameter: nn.Parameter) -> None:
+    if shard_of(parameter) is not None:
+        raise ValueError(
+            f"{name} is cut by ZeRO; apply tensor parallelism first, then shard"
+        )
+    release(name, parameter)
+
+
+def _summed_parameters(
+    model: nn.Module, matches: list[_Match]
+) -> dict[nn.Module, tuple[str, ...]]:
+    """Return which gradients each `sequence` module adds up; all must be named."""
+    done = {
+        parameter
+        for match in matches
+        if match.rule.kind in (*_LAYERS, *_WHOLE)
+        for parameter in match.module.parameters()
+    }
+    summed: dict[nn.Module, tuple[str, ...]] = {}
+    for match in matches:
+        if match.rule.kind == "sequence":
+            inside = dict(match.module.named_parameters())
+            names = tuple(name for name, p in inside.items() if p not in done)
+            summed[match.module] = names
+            done.update(inside.values())
+    for name, parameter in model.named_parameters():
+        if parameter not in done:
+            raise ValueError(
+                f"the plan does not name the module of {name}: if it sees a slice of "
+                "the sequence, each rank would have a part of its gradient only; name "
+                "it 'sequence', or 'whole' if it sees all positions"
+            )
+    return summed
+
+
+def _share_random_state(mesh: DeviceMesh) -> None:
+    """Give all ranks of the axis the random state of rank 0."""
+
+    def shared(state: Tensor) -> Tensor:
+        return broadcast(state.to(mesh.device_type), mesh).cpu()
+
+    torch.set_rng_state(shared(torch.get_rng_state()))
+    if mesh.device_type == "cuda":
+        torch.cuda.set_rng_state(shared(torch.cuda.get_rng_state()))
+
+
+def _add_hooks(
+    match: _Match, mesh: DeviceMesh, sequence_parallel: bool, summed: tuple[str, ...]
+) -> None:
+    module, kind = match.module, match.rule.kind
+    cast(Any, module)._labpkg_rule = kind
+    if kind == "region":
+        enter = f_sequence if sequence_parallel else f
+        Border(mesh, enter, is_entry=True).before(module)
+    elif kind == "dropout":
+        RankRandom(mesh).around(module)
+    elif kind == "sequence":
+        SumGradients(mesh, summed).around(module)
+    elif kind == "sequence_scatter":
+        Border(mesh, split_sequence).after(module)
+    elif kind == "sequence_gather":
+        Border(mesh, join_sequence).before(module)
