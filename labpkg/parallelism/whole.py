@@ -1,32 +1,60 @@
-"""Whole tensors from shards and back: state that no engine and no world size changes.
+"""Whole tensors from pieces and back: state that no engine and no world size changes.
 
-What `ZeroOptimizer` and `fully_shard` cut, these functions put together: gradients by
-name, and the `state_dict` of a model or an optimizer exactly as one process has it.
-So a checkpoint of four ranks at stage 3 continues on one rank, or on three at stage 1.
+What `ZeroOptimizer` and `fully_shard` slice, what `apply_tensor_parallel` cuts and
+`Pipeline` deals out to its stages, these functions put together: gradients by name, and
+the `state_dict` of a model or an optimizer exactly as one process has it. So a
+checkpoint of four ranks at stage 3 continues on one rank, or on three at stage 1, and
+one of two tensor-parallel ranks on four stages.
 
-Contract: every rank calls the same function with the same arguments. A parameter that
-is cut carries a `Shard`; all others are taken as they are, so plain models work too.
+Contract: every rank calls the same function with the same arguments. What is divided
+carries a mark (`Shard`, `Cut`, `Place`); all else is taken as it is, so plain models
+work too.
 
-Chapter: parallelism/zero. Reference: Rajbhandari et al. 2020, arXiv:1910.02054.
+Chapters: parallelism/zero, parallelism/tensor_parallel, parallelism/pipeline.
+References: Rajbhandari et al. 2020, SC20, arXiv:1910.02054.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from labpkg.processes.flat import Shard, ShardedBucket, shard_of
-from labpkg.processes.messages import all_gather_object
+from labpkg.processes.cuts import Place, mark_place, place_of
+from labpkg.processes.optimizer_state import (
+    load_whole_optimizer_state,
+    whole_optimizer_state,
+)
+from labpkg.processes.pieces import (
+    Announced,
+    Device,
+    by_stage,
+    copied,
+    gathered,
+    in_order,
+    owner_of,
+    shown,
+    take,
+    whole_shape,
+)
 
-Device = torch.device | str | None
 
-_NAMES = ("params", "param_names")  # of a group; all else are options
+class _Entry(NamedTuple):
+    """What a stage tells the others about a name.
+
+    Attributes:
+        number: Of a parameter that is dealt out, in the whole model; else None.
+        what: `Announced` for a tensor, otherwise the value itself.
+    """
+
+    number: int | None
+    what: Any
 
 
 def param_groups(
@@ -40,9 +68,11 @@ def param_groups(
     Biases and the gains of norms are usually not decayed: they have one dimension. A
     slice of `fully_shard` has one dimension whatever it is a slice of, so the choice
     looks at the shape of the whole parameter: the groups are the same before and after.
+    All stages of a `Pipeline` have the same groups: where a stage has no parameter for
+    one, an empty tensor stands in, so that every rank can make its optimizer.
 
     Args:
-        model: A model, sharded or not.
+        model: A model under any engine.
         weight_decay: Of the parameters that decay, at least 0.
         decays: Given the name and the whole shape, whether a parameter decays.
 
@@ -51,18 +81,25 @@ def param_groups(
 
     Raises:
         ValueError: If `weight_decay` is negative or no parameter needs a gradient.
+
+    Communication: none, but for a `Pipeline` an `all_gather_object` of the choices.
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay={weight_decay} must be at least 0; choose 0.1")
-    chosen: dict[bool, list[Tensor]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            chosen[bool(decays(name, _whole_shape(parameter)))].append(parameter)
-    groups = [
-        {"params": parameters, "weight_decay": weight_decay if decay else 0.0}
-        for decay, parameters in chosen.items()
-        if parameters
-    ]
+    stages = _stages_of(model)
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    told = by_stage(
+        {_known_as(n, p): bool(decays(n, whole_shape(p))) for n, p in trainable}, stages
+    )
+    # Of a tied parameter the first stage decides, under whose name it is known.
+    choices = {k: v for choices in reversed(told.values()) for k, v in choices.items()}
+    groups = []
+    for decay in sorted(set(choices.values()), reverse=True):
+        members = [p for n, p in trainable if choices[_known_as(n, p)] == decay]
+        if stages is not None and not members:
+            members = [nn.Parameter(torch.empty(0, device=stages.device_type))]
+            mark_place(members[0], Place(stages, counts=False))
+        groups.append({"params": members, "weight_decay": decay * weight_decay})
     if not groups:
         raise ValueError(
             "the model has no parameter that needs a gradient, so there is nothing to "
@@ -74,28 +111,43 @@ def param_groups(
 def full_gradients(model: nn.Module) -> dict[str, Tensor | None]:
     """Return a copy of the whole gradient of each parameter, on every rank.
 
-    For tests and for looking: after backward stages 1 to 3 leave `p.grad` in slices.
+    For tests and for looking: no rank may have whole gradients after backward.
 
     Args:
         model: A model under any engine, after a synchronised backward.
 
     Returns:
-        Gradients by the names of `model.named_parameters()`; None where no rank used
-        the parameter, or where it is frozen.
+        Gradients by the names of `model.named_parameters()`, of all stages for a
+        `Pipeline`; None where no rank used the parameter, or where it is frozen.
 
-    Communication: one all_gather for each bucket of shards.
+    Raises:
+        ValueError: If stages of a `Pipeline` use a name for different parameters.
+
+    Communication: one all_gather for each bucket of shards and each cut parameter; for
+    a `Pipeline` an `all_gather_object` of the names and a broadcast of each gradient.
     """
-    named = dict(model.named_parameters())
-    whole = _gather(named, lambda shard: shard.local.grad)
-    gradients: dict[str, Tensor | None] = {}
-    for name, parameter in named.items():
-        shard = shard_of(parameter)
-        owner = parameter if shard is None else shard.local
-        if owner.grad is None:
-            gradients[name] = None
-        else:
-            gradients[name] = whole.get(name, owner.grad).detach().clone()
+    named = {
+        name: p
+        for name, p in model.named_parameters()
+        if (place := place_of(p)) is None or place.counts
+    }
+    entries = {name: _Entry(_number_of(p), _gradient(p)) for name, p in named.items()}
+    trainable = {name: p for name, p in named.items() if p.requires_grad}
+    order = [name for name in in_order(trainable) if entries[name].what is not None]
+    wholes = gathered(trainable, lambda owner: owner.grad)
+    own = ((name, whole) for name, whole in wholes if name in order)
+    everything, shown_ones = _of_all_stages(entries, order, own, _stages_of(model))
+    gradients: dict[str, Tensor | None] = dict.fromkeys(everything)
+    for name, whole in shown_ones:
+        gradients[name] = copied(whole, None)
     return gradients
+
+
+def _gradient(parameter: Tensor) -> Announced | None:
+    gradient = owner_of(parameter).grad
+    if gradient is None:
+        return None
+    return Announced(whole_shape(parameter), gradient.dtype)
 
 
 def full_state_dict(
@@ -103,33 +155,84 @@ def full_state_dict(
 ) -> dict[str, Any]:
     """Return a copy of the `state_dict` that one process would have, on every rank.
 
-    The state of a model has all parameters, frozen ones too, and buffers, whole. That
-    of an optimizer numbers the parameters as torch does, has the groups, and the state
-    of each parameter whole; counters come from a rank that has them. Save it on one
-    rank; `load_full_state_dict` reads it under any engine and on any number of ranks.
+    The state of a model has all parameters, frozen ones too, and buffers, whole; of a
+    `Pipeline` those of all stages. That of an optimizer numbers the parameters as torch
+    does, has the groups, and the state of each parameter whole; counters come from a
+    rank that has them, on the CPU. `load_full_state_dict` reads it under any engine and
+    on any number of ranks. `consolidate` returns it on one rank, to be saved.
 
     Args:
         model_or_optimizer: A model, a torch optimizer or a `ZeroOptimizer`.
         device: Where the copies go, "cpu" if the whole does not fit on the GPU; then
-            only one bucket at a time is whole there. By default where the shards are.
+            only one bucket or tensor at a time is whole there. By default where the
+            pieces are.
 
     Returns:
-        What `state_dict()` returns in one process.
+        What `state_dict()` returns in one process. Under a pipeline the names of a
+        model come in the order of ranks, and the parameters of each group in that of
+        the whole model.
 
     Raises:
         ValueError: On every rank, if the state of an optimizer is not one number for
-            each element of a parameter, so that slices do not make a whole.
+            each element of a parameter, so that pieces do not make a whole; or if
+            stages use a name for different parameters, or have other groups.
 
-    Communication: one all_gather for each bucket of shards, times the state tensors of
-    a parameter; for an optimizer an `all_gather_object` of the counters, too.
+    Communication: one all_gather for each bucket of shards and each cut parameter,
+    times the state tensors of a parameter; for the optimizer of slices an
+    `all_gather_object` of the counters, too. For a `Pipeline` an `all_gather_object` of
+    what each stage has, and a broadcast of each tensor.
     """
+    return _whole_state(model_or_optimizer, device, keeps=True)
+
+
+def consolidate(model_or_optimizer: nn.Module | Optimizer) -> dict[str, Any] | None:
+    """Return the `state_dict` of one process on rank 0, on the CPU, for `torch.save`.
+
+    As `full_state_dict`, but only one rank keeps it, so a host with 8 ranks holds it
+    once: no device has more than one bucket or tensor whole, and no other rank anything
+    afterwards. Every rank must call it.
+
+    Args:
+        model_or_optimizer: A model, a torch optimizer or a `ZeroOptimizer`.
+
+    Returns:
+        The state on rank 0 of all ranks; None on the others.
+
+    Raises:
+        ValueError: As `full_state_dict`.
+
+    Communication: that of `full_state_dict`.
+    """
+    keeps = not dist.is_initialized() or dist.get_rank() == 0
+    state = _whole_state(model_or_optimizer, "cpu", keeps=keeps)
+    return state if keeps else None
+
+
+def _whole_state(
+    model_or_optimizer: nn.Module | Optimizer, device: Device, *, keeps: bool
+) -> dict[str, Any]:
     if isinstance(model_or_optimizer, Optimizer):
-        return _full_optimizer_state(model_or_optimizer, device)
-    state = model_or_optimizer.state_dict(keep_vars=True)
-    named = {n: v for n, v in state.items() if isinstance(v, Tensor)}
-    whole = _gather(named, lambda shard: shard.local, device)
-    for name, value in state.items():
-        state[name] = whole[name] if name in whole else _copied(value, device)
+        return whole_optimizer_state(model_or_optimizer, device, keeps=keeps)
+    model = model_or_optimizer
+    held = model.state_dict(keep_vars=True)
+    tensors = {name: v for name, v in held.items() if isinstance(v, Tensor)}
+    everything, shown_ones = _of_all_stages(
+        _entries(held),
+        in_order(tensors),
+        gathered(tensors, lambda owner: owner),
+        _stages_of(model),
+    )
+    state = OrderedDict(
+        (
+            name,
+            None if isinstance(entry.what, Announced) else copied(entry.what, device),
+        )
+        for name, entry in everything.items()
+    )
+    for name, whole in shown_ones:
+        state[name] = copied(whole, device) if keeps else None
+    # Versions of the modules, which `load_state_dict` reads.
+    vars(state)["_metadata"] = getattr(held, "_metadata", None)
     return state
 
 
@@ -138,7 +241,7 @@ def load_full_state_dict(
 ) -> None:
     """Load what `full_state_dict` returned, or a `state_dict` of one process.
 
-    Each rank takes its slices, so the engine and the number of ranks may be others than
+    Each rank takes its pieces, so the engine and the number of ranks may be others than
     those that saved.
 
     Args:
@@ -147,241 +250,89 @@ def load_full_state_dict(
 
     Raises:
         ValueError: If names or parameters are missing or unexpected, if shapes differ,
-            or if the state is that of another kind of optimizer. Nothing is loaded.
+            or if the state is that of another kind of optimizer. Nothing is loaded, on
+            any rank.
+
+    Communication: none, but for a `Pipeline` an `all_gather_object` of what each stage
+    has.
     """
     if isinstance(model_or_optimizer, Optimizer):
-        _load_optimizer_state(model_or_optimizer, state)
+        load_whole_optimizer_state(model_or_optimizer, state)
         return
-    variables = model_or_optimizer.state_dict(keep_vars=True)
-    _check_model_state(variables, state)
-    local = dict(state)
-    for name, variable in variables.items():
-        shard = shard_of(variable) if isinstance(variable, Tensor) else None
-        if shard is not None and variable is shard.local:
-            local[name] = _cut(state[name], shard)
-    model_or_optimizer.load_state_dict(local)
+    model = model_or_optimizer
+    held = model.state_dict(keep_vars=True)
+    entries, _ = _of_all_stages(_entries(held), [], iter(()), _stages_of(model))
+    _check_model_state(entries, state)
+    # Where tied names differ the last one wins, as it does in one process.
+    tied = {entry.number: name for name, entry in entries.items()}
+    local = OrderedDict()
+    for name, value in held.items():
+        number = entries[name].number
+        whole = state[name if number is None else tied[number]]
+        if isinstance(value, Tensor) and value.shape != whole_shape(value):
+            whole = take(whole, value, sliced=owner_of(value) is value)
+        local[name] = whole
+    vars(local)["_metadata"] = getattr(state, "_metadata", None)
+    model.load_state_dict(local)
 
 
-def _whole_shape(tensor: Tensor) -> torch.Size:
-    shard = shard_of(tensor)
-    return tensor.shape if shard is None else shard.shape
+def _entries(held: Mapping[str, Any]) -> dict[str, _Entry]:
+    return {
+        name: _Entry(_number_of(value), Announced(whole_shape(value), value.dtype))
+        if isinstance(value, Tensor)
+        else _Entry(None, value)
+        for name, value in held.items()
+    }
 
 
-def _cut(whole: Tensor, shard: Shard) -> Tensor:
-    """Return a copy of this rank's slice; a view would keep the whole alive."""
-    return whole.detach().reshape(-1)[shard.start : shard.stop].clone()
+def _of_all_stages(
+    entries: dict[str, _Entry],
+    order: list[str],
+    own: Iterator[tuple[str, Tensor]],
+    stages: DeviceMesh | None,
+) -> tuple[dict[str, _Entry], Iterator[tuple[str, Tensor]]]:
+    """Return the entries of all stages by name, and their tensors one by one."""
+    told = by_stage((entries, order), stages)
+    everything: dict[str, _Entry] = {}
+    for theirs, _ in told.values():
+        for name, entry in theirs.items():
+            if everything.setdefault(name, entry).number != entry.number:
+                raise ValueError(
+                    f"{name} is the name of different parameters in two stages, so "
+                    "together they are no model; cut one model with split_stages"
+                )
+    announced = {
+        rank: [(name, theirs[name].what) for name in names]
+        for rank, (theirs, names) in told.items()
+    }
+    return everything, shown(own, announced, stages)
 
 
-def _copied(value: Any, device: Device) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    return copy.deepcopy(value)
+def _stages_of(model: nn.Module) -> DeviceMesh | None:
+    place = place_of(model)
+    return None if place is None else place.mesh
 
 
-def _gather(
-    named: Mapping[str, Tensor],
-    value: Callable[[Shard], Tensor | None],
-    device: Device = None,
-) -> dict[str, Tensor]:
-    """Return a tensor of each parameter that is cut, whole, by name."""
-    buckets: dict[ShardedBucket, list[tuple[str, int]]] = {}
-    for name, tensor in named.items():
-        shard = shard_of(tensor)
-        if shard is not None:
-            buckets.setdefault(shard.bucket, []).append((name, shard.index))
-    whole = {}
-    for bucket, places in buckets.items():
-        views = bucket.gather(value)
-        for name, i in places:
-            whole[name] = views[i].to(device, copy=True)
-    return whole
+def _number_of(value: Tensor) -> int | None:
+    place = place_of(value)
+    return None if place is None else place.number
 
 
-def _check_model_state(variables: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    wrong = [f"{name} is missing" for name in variables if name not in state]
-    wrong += [f"{name} is unexpected" for name in state if name not in variables]
-    for name, variable in variables.items():
-        if name in state and isinstance(variable, Tensor):
-            expected, given = tuple(_whole_shape(variable)), tuple(state[name].shape)
+def _known_as(name: str, parameter: Tensor) -> int | str:
+    number = _number_of(parameter)
+    return name if number is None else number
+
+
+def _check_model_state(entries: Mapping[str, _Entry], state: Mapping[str, Any]) -> None:
+    wrong = [f"{name} is missing" for name in entries if name not in state]
+    wrong += [f"{name} is unexpected" for name in state if name not in entries]
+    for name, (_, what) in entries.items():
+        if name in state and isinstance(what, Announced):
+            expected, given = tuple(what.shape), tuple(state[name].shape)
             if given != expected:
                 wrong.append(f"{name} has shape {given} instead of {expected}")
     if wrong:
         raise ValueError(
             f"the state does not fit the model: {'; '.join(wrong)}; load a state of "
             "the same model, whole"
-        )
-
-
-# Note [state of an optimizer]
-# torch numbers the parameters through all groups and keeps a dictionary for each that
-# had a gradient. Its tensors have the shape of the parameter, one number per element,
-# and are cut with it; all else (`step`) is one number, the same on every rank. A rank
-# with an empty slice may have no state where others do, or an old one: the others tell.
-
-
-def _full_optimizer_state(optimizer: Optimizer, device: Device) -> dict[str, Any]:
-    inner = _inner(optimizer)
-    state: dict[int, dict[str, Any]] = {}
-    sharded: dict[DeviceMesh, dict[int, tuple[Shard, dict[str, Any]]]] = {}
-    for i, parameter in enumerate(_parameters_of(optimizer)):
-        shard = shard_of(parameter)
-        own = inner.state.get(parameter if shard is None else shard.local, {})
-        if shard is not None:
-            sharded.setdefault(shard.mesh, {})[i] = (shard, own)
-        elif own:
-            state[i] = {key: _copied(value, device) for key, value in own.items()}
-    for mesh, cut in sharded.items():
-        state |= _gather_states(mesh, cut, device)
-    # That of the base class: a ZeroOptimizer has its own.
-    groups = Optimizer.state_dict(optimizer)["param_groups"]
-    return {"state": dict(sorted(state.items())), "param_groups": copy.deepcopy(groups)}
-
-
-def _inner(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer that has the state: that of the slices, or itself."""
-    return getattr(optimizer, "inner", optimizer)
-
-
-def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _gather_states(
-    mesh: DeviceMesh, cut: dict[int, tuple[Shard, dict[str, Any]]], device: Device
-) -> dict[int, dict[str, Any]]:
-    """Return the state of the parameters that are cut over an axis, whole."""
-    mine = {
-        i: {key: _described(value, shard.local) for key, value in own.items()}
-        for i, (shard, own) in cut.items()
-        if shard.local.numel() or not shard.shape.numel()
-    }
-    state: dict[int, dict[str, Any]] = {}
-    for theirs in all_gather_object(mine, mesh):
-        for i, described in theirs.items():
-            if described:
-                state.setdefault(i, {}).update(described)
-    _require_elementwise(state)
-    passes: dict[tuple[ShardedBucket, str, torch.dtype], dict[int, int]] = {}
-    for i in sorted(state):  # the same order on every rank
-        shard = cut[i][0]
-        for key, dtype in sorted(state[i].items()):
-            if isinstance(dtype, torch.dtype):
-                number_of = passes.setdefault((shard.bucket, key, dtype), {})
-                number_of[shard.index] = i
-    for (bucket, key, dtype), number_of in passes.items():
-        pieces = {place: cut[i][1].get(key) for place, i in number_of.items()}
-        views = bucket.gather(lambda s, own=pieces: own.get(s.index), dtype=dtype)
-        for place, i in number_of.items():
-            state[i][key] = views[place].to(device, copy=True)
-    return state
-
-
-def _described(value: Any, local: Tensor) -> Any:
-    """Return the dtype of a slice, a number as it is, what else it is as a string."""
-    if not isinstance(value, Tensor):
-        known = value is None or isinstance(value, bool | int | float | complex)
-        return value if known else f"a {type(value).__name__}"
-    if value.ndim == 0:
-        return value.detach().cpu()
-    if value.shape == local.shape:
-        return value.dtype
-    return f"of shape {tuple(value.shape)}, the slice of {tuple(local.shape)}"
-
-
-def _require_elementwise(state: dict[int, dict[str, Any]]) -> None:
-    wrong = [
-        f"{key!r} of parameter {i} is {value}"
-        for i, described in sorted(state.items())
-        for key, value in described.items()
-        if isinstance(value, str)
-    ]
-    if wrong:
-        raise ValueError(
-            f"the state is not one number for each element: {'; '.join(wrong)}; slices "
-            "of it make no whole: use an elementwise optimizer, such as AdamW"
-        )
-
-
-def _load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    _check_groups(optimizer, state)
-    parameters = _parameters_of(optimizer)
-    shards = {i: shard_of(p) for i, p in enumerate(parameters)}
-    numbers = _numbers(state["state"], parameters)
-    _check_shapes(state["state"], shards, numbers)
-    inner = _inner(optimizer)
-    packed = Optimizer.state_dict(inner)
-    place = {id(p): i for i, p in enumerate(_parameters_of(inner))}
-    packed["state"] = {}
-    for i, whole in state["state"].items():
-        shard = shards[i]
-        owner = parameters[i] if shard is None else shard.local
-        if id(owner) in place:  # a ZeroOptimizer leaves out empty slices
-            packed["state"][place[id(owner)]] = {
-                key: copy.deepcopy(value)
-                if shard is None or key in numbers
-                else _cut(value, shard)
-                for key, value in whole.items()
-            }
-    inner.load_state_dict(packed)
-    for group, given in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        options = {key: value for key, value in given.items() if key not in _NAMES}
-        group.update(copy.deepcopy(options))
-
-
-def _check_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    if set(state) != {"state", "param_groups"}:
-        raise ValueError(
-            f"the state has the entries {', '.join(map(str, state))}, not `state` and "
-            "`param_groups`; load what full_state_dict(optimizer) returned"
-        )
-    groups, given = optimizer.param_groups, state["param_groups"]
-    sizes, given_sizes = ([len(g["params"]) for g in each] for each in (groups, given))
-    if sizes != given_sizes:
-        raise ValueError(
-            f"the state has groups of {given_sizes} parameters, the optimizer of "
-            f"{sizes}; make it with the same groups"
-        )
-    for number, (group, other) in enumerate(zip(groups, given, strict=True)):
-        missing = sorted(set(group) - set(other) - {*_NAMES})
-        if missing:
-            raise ValueError(
-                f"group {number} of the state lacks {', '.join(missing)}: it is that "
-                "of another kind of optimizer; make the kind that was saved"
-            )
-
-
-def _numbers(
-    states: Mapping[int, Mapping[str, Any]], parameters: list[Tensor]
-) -> set[str]:
-    """Return the keys that hold one number, not one for each element.
-
-    A parameter without dimensions does not tell them apart, but the others do.
-    """
-    numbers = {"step"}
-    for i, state in states.items():
-        has_dims = i < len(parameters) and len(_whole_shape(parameters[i])) > 0
-        for key, value in state.items():
-            if not isinstance(value, Tensor) or (value.ndim == 0 and has_dims):
-                numbers.add(key)
-    return numbers
-
-
-def _check_shapes(
-    states: Mapping[int, Mapping[str, Any]],
-    shards: Mapping[int, Shard | None],
-    numbers: set[str],
-) -> None:
-    wrong = [f"parameter {i} is unexpected" for i in states if i not in shards]
-    for i, state in states.items():
-        shard = shards.get(i)
-        for key, value in state.items():
-            if shard and key not in numbers and value.shape != shard.shape:
-                wrong.append(
-                    f"{key!r} of parameter {i} has shape {tuple(value.shape)} instead "
-                    f"of {tuple(shard.shape)}"
-                )
-    if wrong:
-        raise ValueError(
-            f"the state does not fit the optimizer: {'; '.join(wrong)}; load a state "
-            "of the same parameters, whole"
         )
