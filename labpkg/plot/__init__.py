@@ -19,6 +19,7 @@ from labpkg.plot.latencies import time_by_size
 from labpkg.plot.matrices import confusion
 from labpkg.plot.players import player
 from labpkg.plot.records import recorded
+from labpkg.plot.schedules import pipeline, schedule, schedule_player
 from labpkg.plot.timelines import timeline
 
 __all__ = [
@@ -28,8 +29,11 @@ __all__ = [
     "confusion",
     "contours",
     "loss",
+    "pipeline",
     "player",
     "recorded",
+    "schedule",
+    "schedule_player",
     "spectrum",
     "style",
     "time_by_size",
