@@ -18,10 +18,12 @@ Parallelism, arXiv:2401.10241 (the halves of backward).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Literal, NamedTuple, cast
+
+from labpkg.planning import dependencies
 
 Kind = Literal["F", "B", "I", "W"]
 
@@ -89,7 +91,7 @@ class Message(NamedTuple):
     dst: int
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, init=False, repr=False)
 class Schedule:
     """Who does what, in which order: for each rank, the sequence of its actions.
 
@@ -107,14 +109,26 @@ class Schedule:
     """
 
     ranks: tuple[tuple[Action, ...], ...]
+    _rank_of: dict[int, int] = field(compare=False)
+    _ticks: tuple[tuple[int, ...], ...] = field(compare=False)
 
     def __init__(self, ranks: Iterable[Iterable[Action]]) -> None:
-        object.__setattr__(self, "ranks", tuple(tuple(actions) for actions in ranks))
-        _check_actions(self.ranks)
-        _check_stages(self._rank_of)
-        for actions in self.ranks:
-            _check_rank(actions, self.num_micro_batches)
-        self.ticks()
+        put = partial(object.__setattr__, self)  # assignment is for others forbidden
+        put("ranks", tuple(tuple(actions) for actions in ranks))
+        for rank, actions in enumerate(self.ranks):
+            for action in actions:
+                _check_action(action, rank)
+        put("_rank_of", dependencies.place_stages(self.ranks))
+        for rank, actions in enumerate(self.ranks):
+            dependencies.check_rank(rank, actions, self.num_micro_batches)
+        starts = self._start_times(dict.fromkeys("FBIW", 1))
+        put("_ticks", tuple(tuple(int(start) for start in own) for own in starts))
+
+    def _start_times(self, last: Mapping[str, float]) -> list[list[float]]:
+        """Return the starts if each kind lasts so long, and transfers take no time."""
+        S = self.num_stages
+        durations = {kind: [time] * S for kind, time in last.items()}
+        return dependencies.start_times(self.ranks, self._rank_of, durations, [0] * S)
 
     @property
     def num_ranks(self) -> int:
@@ -129,7 +143,7 @@ class Schedule:
     @cached_property
     def num_micro_batches(self) -> int:
         """M, the micro-batches of one step."""
-        return 1 + max(action.micro_batch for action in self.ranks[0])
+        return 1 + max(a.micro_batch for actions in self.ranks for a in actions)
 
     @cached_property
     def splits_backward(self) -> bool:
@@ -142,18 +156,14 @@ class Schedule:
 
         1 - busy / (P makespan), without communication: what the order alone costs.
         """
-        durations = {"F": 1, "B": 2, "I": 1, "W": 1}
-        starts = start_times(
-            self,
-            {kind: [d] * self.num_stages for kind, d in durations.items()},
-            [0] * self.num_stages,
-        )
-        ends = [
-            own[-1] + durations[actions[-1].kind]
+        last = {"F": 1, "B": 2, "I": 1, "W": 1}
+        starts = self._start_times(last)
+        makespan = max(
+            own[-1] + last[actions[-1].kind]
             for own, actions in zip(starts, self.ranks, strict=True)
-        ]
+        )
         busy = 3 * self.num_stages * self.num_micro_batches
-        available = self.num_ranks * max(ends)
+        available = self.num_ranks * makespan
         return (available - busy) / available
 
     @property
@@ -162,20 +172,7 @@ class Schedule:
 
         One is a micro-batch on one stage, alive from its F to the end of its B or W.
         """
-        return [peak_in_flight(actions) for actions in self.ranks]
-
-    @cached_property
-    def _rank_of(self) -> dict[int, int]:
-        places: dict[int, int] = {}
-        for rank, actions in enumerate(self.ranks):
-            for action in actions:
-                if places.setdefault(action.stage, rank) != rank:
-                    raise ValueError(
-                        f"stage {action.stage} has actions on rank "
-                        f"{places[action.stage]} and, {action}, on rank {rank}; the "
-                        "weights of a stage live on one rank, so put all of them there"
-                    )
-        return places
+        return [dependencies.peak_in_flight(actions) for actions in self.ranks]
 
     def rank_of(self, stage: int) -> int:
         """Return the rank on which a stage lives.
@@ -229,12 +226,6 @@ class Schedule:
             For each rank the tick of each of its actions: the columns of the grid.
         """
         return self._ticks
-
-    @cached_property
-    def _ticks(self) -> tuple[tuple[int, ...], ...]:
-        each = [1] * self.num_stages
-        starts = start_times(self, dict.fromkeys("FBIW", each), [0] * self.num_stages)
-        return tuple(tuple(int(start) for start in own) for own in starts)
 
     def messages(self, rank: int) -> tuple[Message, ...]:
         """Return what a rank sends and receives, in an order that both ends share.
@@ -346,170 +337,12 @@ def parse(text: str) -> Schedule:
     return Schedule.parse(text)
 
 
-def peak_in_flight(actions: Iterable[Action]) -> int:
-    """Return how many activations one rank keeps at most.
-
-    Args:
-        actions: What the rank does, in order.
-
-    Returns:
-        The most micro-batches, counted for each stage, between F and B or W.
-    """
-    alive = peak = 0
-    for action in actions:
-        alive += {"F": 1, "I": 0}.get(action.kind, -1)
-        peak = max(peak, alive)
-    return peak
-
-
-def start_times(
-    schedule: Schedule,
-    durations: Mapping[str, Sequence[float]],
-    transfers: Sequence[float],
-) -> list[list[float]]:
-    """Return when each action starts, each as early as its rank and its input allow.
-
-    Args:
-        schedule: What the ranks do.
-        durations: For each kind of action, how long it takes on each stage.
-        transfers: For each stage, how long its result travels to another rank.
-
-    Returns:
-        For each rank the start of each of its actions; the first starts at 0.
-
-    Raises:
-        ValueError: If ranks wait for each other for ever.
-    """
-    ranks, rank_of, M = schedule.ranks, schedule._rank_of, schedule.num_micro_batches
-    last = schedule.num_stages - 1
-    # When the input of F (even places) and of backward (odd places) has arrived.
-    arrived: list[float | None] = [None] * (2 * M * (last + 1))
-    arrived[0 : 2 * M : 2] = arrived[2 * M * last + 1 :: 2] = [0] * M
-    starts: list[list[float]] = [[] for _ in ranks]
-    free_at: list[float] = [0] * len(ranks)
-    missing = [-1] * len(ranks)  # the place in `arrived` that a rank waits for
-    ready = list(range(len(ranks)))
-    while ready:
-        rank = ready.pop()
-        actions, own, now = ranks[rank], starts[rank], free_at[rank]
-        while len(own) < len(actions):
-            stage, kind, micro_batch = actions[len(own)]
-            place = 2 * (stage * M + micro_batch) + (kind != "F")
-            if kind != "W":
-                there = arrived[place]
-                if there is None:
-                    missing[rank] = place
-                    break
-                now = max(now, there)
-            own.append(now)
-            now += durations[kind][stage]
-            after = stage + 1 if kind == "F" else stage - 1
-            if kind != "W" and 0 <= after <= last:
-                goal = rank_of[after]
-                place += 2 * M * (after - stage)
-                arrived[place] = now if goal == rank else now + transfers[stage]
-                if missing[goal] == place:
-                    missing[goal] = -1
-                    ready.append(goal)
-        free_at[rank] = now
-    if any(place >= 0 for place in missing):
-        raise ValueError(_deadlock(schedule, [len(own) for own in starts]))
-    return starts
-
-
-def _deadlock(schedule: Schedule, num_done: Sequence[int]) -> str:
-    """Say who waits for whom, and which ranks form a cycle."""
-    waits: dict[int, tuple[Action, str, int]] = {}
-    for rank, (actions, done) in enumerate(zip(schedule.ranks, num_done, strict=True)):
-        if done == len(actions):
-            continue
-        head = actions[done]
-        before = head.stage - 1 if head.kind == "F" else head.stage + 1
-        goal = schedule.rank_of(before)
-        needed = next(
-            action
-            for action in schedule.ranks[goal]
-            if (action.stage, action.micro_batch) == (before, head.micro_batch)
-            and (action.kind == "F" if head.kind == "F" else action.kind in "BI")
-        )
-        blocker = schedule.ranks[goal][num_done[goal]]
-        what = "activations" if head.kind == "F" else "gradient"
-        waits[rank] = (
-            needed,
-            f"rank {rank} waits at step {done} ({head}) for the {what} of {needed} "
-            f"from rank {goal}, which stands before {blocker}",
-            goal,
-        )
-    cycle = [next(iter(waits))]
-    while cycle.count(cycle[-1]) == 1:
-        cycle.append(waits[cycle[-1]][2])
-    cycle = cycle[cycle.index(cycle[-1]) :]
-    needed, _, goal = waits[cycle[0]]
-    blocker = schedule.ranks[goal][num_done[goal]]
-    return (
-        "this schedule never ends: "
-        + "; ".join(text for _, text, _ in waits.values())
-        + f". Cycle of ranks: {' -> '.join(map(str, cycle))}. Move {needed} before "
-        f"{blocker} on rank {goal}"
+def _check_action(action: object, rank: int) -> None:
+    if isinstance(action, Action) and action.kind in ("F", "B", "I", "W"):
+        numbers = (action.stage, action.micro_batch)
+        if all(isinstance(number, int) and number >= 0 for number in numbers):
+            return
+    raise ValueError(
+        f"{action!r} on rank {rank} is not an action; use Action(stage, kind, "
+        "micro_batch) with numbers from 0 and kind F, B, I or W, or Action.parse('2F5')"
     )
-
-
-def _check_actions(ranks: tuple[tuple[Action, ...], ...]) -> None:
-    if not ranks or not all(ranks):
-        empty = ranks.index(()) if ranks else 0
-        raise ValueError(
-            f"rank {empty} of {len(ranks)} has no action; give each rank at least one "
-            "stage"
-        )
-    for rank, actions in enumerate(ranks):
-        for action in actions:
-            if (
-                not isinstance(action, Action)
-                or action.kind not in ("F", "B", "I", "W")
-                or not (isinstance(action.stage, int) and action.stage >= 0)
-                or not (isinstance(action.micro_batch, int) and action.micro_batch >= 0)
-            ):
-                raise ValueError(
-                    f"{action!r} on rank {rank} is not an action; use "
-                    "Action(stage, kind, micro_batch) with numbers from 0 and kind F, "
-                    "B, I or W, or Action.parse('2F5')"
-                )
-
-
-def _check_stages(rank_of: Mapping[int, int]) -> None:
-    absent = set(range(max(rank_of) + 1)) - set(rank_of)
-    if absent:
-        raise ValueError(
-            f"no rank has stage {min(absent)}, but rank {rank_of[max(rank_of)]} has "
-            f"stage {max(rank_of)}; number the stages from 0 without a gap"
-        )
-
-
-def _check_rank(actions: tuple[Action, ...], num_micro_batches: int) -> None:
-    """Check that one rank does everything once, and forward before backward."""
-    step_of: dict[tuple[int, str, int], int] = {}
-    for step, action in enumerate(actions):
-        if step_of.setdefault(action, step) != step:
-            raise ValueError(
-                f"{action} comes twice on its rank, at steps {step_of[action]} and "
-                f"{step}; each stage sees each micro-batch once"
-            )
-    numbers = range(max(num_micro_batches, 1 + max(a.micro_batch for a in actions)))
-    for stage in {action.stage for action in actions}:
-        for m in numbers:
-            steps = {k: step_of.get((stage, k, m)) for k in "FBIW"}
-            found = "".join(kind for kind, step in steps.items() if step is not None)
-            if found not in ("FB", "FIW"):
-                raise ValueError(
-                    f"stage {stage} does {' and '.join(found) or 'nothing'} for "
-                    f"micro-batch {m}, but each stage needs one F and either one B or "
-                    f"one I and one W for each of the {len(numbers)} micro-batches"
-                )
-            order = [step_of[stage, kind, m] for kind in found]
-            if order != sorted(order):
-                names = [f"{stage}{kind}{m} at step {steps[kind]}" for kind in found]
-                raise ValueError(
-                    f"rank order {', '.join(names)} is impossible: backward uses what "
-                    "forward kept, and W what I kept; put them in the order "
-                    + " ".join(found)
-                )
