@@ -171,10 +171,11 @@ def _deadlock(
         needs[rank] = needed = _input_of(head, ranks, rank_of)
         goal = rank_of[needed[0]]
         other = waiting[goal][0]
+        there = "cannot start" if needed == other else f"does after {other}"
         lines.append(
             f"rank {rank} waits at step {num_done[rank]}, {head}, for the "
             f"{'activations' if needed[1] == 'F' else 'gradient'} of {needed}, which "
-            f"rank {goal} {'cannot start' if needed == other else f'does after {other}'}"
+            f"rank {goal} {there}"
         )
     cycle = [min(needs)]
     while cycle.count(cycle[-1]) == 1:

@@ -44,7 +44,7 @@ def graph_of(ranks):
     """Return what each action waits for: the one before on its rank, and its inputs."""
     actions = [action for own in ranks for action in own]
     kinds = {}
-    for stage, kind, m in sorted(actions):  # F before B, or F, I, W
+    for stage, kind, m in sorted(actions, key=lambda a: "FBIW".index(a[1])):
         kinds.setdefault((stage, m), []).append(kind)
     num_stages = 1 + max(action[0] for action in actions)
     graph = {action: data_inputs(action, kinds, num_stages) for action in actions}
@@ -82,7 +82,7 @@ def random_ranks(rng, *, num_stages, num_micro_batches, one_each=False, split=0.
     return ranks
 
 
-randoms = st.randoms(use_true_random=False)
+randoms = st.integers(0, 2**32).map(random.Random)
 user_made = st.builds(
     lambda rng, S, M: Schedule(random_ranks(rng, num_stages=S, num_micro_batches=M)),
     randoms,
