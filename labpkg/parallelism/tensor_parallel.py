@@ -16,11 +16,8 @@ Transformer Models, arXiv:2205.05198 (sequence parallelism).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +39,12 @@ from labpkg.processes.parallel_layers import (
     vocab_layout,
 )
 from labpkg.processes.region_hooks import Border, RankRandom, SumGradients
+from labpkg.processes.region_plans import (
+    SEES_WHOLE,
+    Match,
+    inside,
+    match_plan,
+)
 from labpkg.processes.regions import f, f_sequence, join_sequence, split_sequence
 from labpkg.processes.replicas import (
     broadcast_state,
@@ -60,28 +63,7 @@ _LAYERS: dict[str, tuple[type[nn.Module], type[ParallelLayer]]] = {
     "vocab": _VOCAB,
     "vocab_sequence": _VOCAB,
 }
-_WHOLE = ("whole", "sequence_scatter", "sequence_gather")  # see all positions
-_SEQUENCE_ONLY = (*_WHOLE, "sequence", "vocab_sequence")
-_KINDS = (*_LAYERS, "region", "dropout", "sequence", *_WHOLE)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """A value of a plan, read."""
-
-    kind: str
-    unit: int = 1
-    num_blocks: int = 1
-    blocks: tuple[int, ...] = ()
-
-
-class _Match(NamedTuple):
-    """A module that a plan names."""
-
-    name: str
-    pattern: str
-    module: nn.Module
-    rule: _Rule
+_SEQUENCE_ONLY = (*SEES_WHOLE, "sequence", "vocab_sequence")
 
 
 def apply_tensor_parallel(
@@ -94,7 +76,7 @@ def apply_tensor_parallel(
     """Cut the layers that a plan names over the ranks of an axis, in place.
 
     Keys of the plan are `fnmatch` patterns over `model.named_modules()`, in which a
-    star matches dots too; each must match a module. Values say what becomes of it:
+    star matches dots too; each must match a module. Values:
 
     | value | module | what happens |
     |---|---|---|
@@ -114,21 +96,20 @@ def apply_tensor_parallel(
 
     | value | module | what happens |
     |---|---|---|
-    | `sequence` | a norm; any | gradients inside, but of modules named otherwise, add up |
+    | `sequence` | a norm; any | gradients, but of modules named otherwise, add up |
     | `sequence_scatter` | an embedding; any | its output is cut along T |
     | `vocab_sequence` | `nn.Embedding` | as `vocab`, and its output is cut along T |
     | `sequence_gather` | any | its first input is gathered along T |
     | `whole` | any | it sees all positions; nothing happens |
 
-    Parameters and buffers become those of rank 0 of the axis before they are cut, and
-    so does torch's random state: what is drawn later is equal on all ranks, whatever
-    their seeds, but inside `dropout` modules. Gradients are dropped. Parameters remain
-    the same objects, so that tied ones stay tied, and `cut_of` says how each is cut.
-    Inputs and the output are the same on all ranks. A model reads its number of heads
-    from what a layer returns: reshape with a fixed head width and -1 heads.
+    All ranks take parameters, buffers and torch's random state from rank 0 of the axis,
+    so whatever their seeds, what is drawn later is equal, but inside `dropout`. Inputs
+    and output are the same on all ranks. Parameters stay the same objects: tied ones
+    stay tied, `cut_of` says how each is cut. Gradients are dropped.
 
     Args:
-        model: The same on every rank; values may differ.
+        model: The same on every rank but for values. It reshapes to -1 heads of a fixed
+            width.
         mesh: The tensor-parallel axis, such as `mesh["tp"]`.
         plan: What becomes of which module.
         sequence_parallel: Cut activations along T between the layers.
@@ -137,29 +118,25 @@ def apply_tensor_parallel(
         The model. Replicate or shard it afterwards, not before.
 
     Raises:
-        ValueError: On every rank and with the model unchanged: for a pattern without a
-            module, an unknown value, a wrong type of layer, a module with two values,
-            a layer that is cut already or belongs to another engine, a parameter that
-            is tied to one that is cut otherwise, features or heads that n does not
-            divide, values that need `sequence_parallel`, a parameter that
-            `sequence_parallel` finds unnamed, or models or plans that differ by rank.
+        ValueError: On every rank, the model unchanged: if the plan does not fit the
+            model or n, or if models or plans differ by rank.
 
-    Communication: here a broadcast of the state. In a step of B x T tokens, for each
-    pair of column and row layers an all_reduce of (B, T, D) forward and one backward;
-    with `sequence_parallel` an all_gather and a reduce_scatter each, and one more
-    all_gather backward, so that the gathered input need not be kept.
+    Communication: here the state. In a step, for each pair of column and row, an
+        all_reduce of (B, T, D) forward and backward; with `sequence_parallel` an
+        all_gather and a reduce_scatter each, and an all_gather more backward.
 
     Reference: Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022,
-    arXiv:2205.05198.
+        arXiv:2205.05198.
     """
     require_device(model, mesh)
     require_same_model(model, mesh)
     _require_same_plan(plan, sequence_parallel, mesh)
-    matches = _match(model, plan)
+    matches = match_plan(model, plan)
     summed = _summed_parameters(model, matches) if sequence_parallel else {}
     layouts = _layouts(matches, mesh, sequence_parallel)
     _check_values(matches, sequence_parallel)
     _check_parameters(model, layouts)
+    model.zero_grad()
     broadcast_state((*model.parameters(), *model.buffers()), mesh)
     _share_random_state(mesh)
     for match, layout in layouts:
@@ -211,68 +188,11 @@ def _require_same_plan(
             )
 
 
-def _match(model: nn.Module, plan: Mapping[str, str]) -> list[_Match]:
-    """Return the modules that the plan names, each once."""
-    if not plan:
-        raise ValueError("the plan is empty; name a layer, e.g. {'up': 'column'}")
-    modules = list(model.named_modules(remove_duplicate=False))
-    names = [name for name, _ in modules]
-    found: dict[nn.Module, _Match] = {}
-    for pattern, value in plan.items():
-        rule, is_used = _read(pattern, value), False
-        for name, module in modules:
-            if not fnmatchcase(name, pattern):
-                continue
-            is_used = True
-            first = found.setdefault(module, _Match(name, pattern, module, rule))
-            if first.rule != rule:
-                raise ValueError(
-                    f"{name} is named twice, by {first.pattern!r} as "
-                    f"{plan[first.pattern]!r} and by {pattern!r} as {value!r}; make "
-                    "one pattern narrower"
-                )
-        if not is_used:
-            near = get_close_matches(pattern, names, n=3, cutoff=0.4)
-            hint = f"; the nearest names are {', '.join(near)}" if near else ""
-            raise ValueError(
-                f"no module of the model matches {pattern!r}{hint}; look at "
-                "[name for name, _ in model.named_modules()]"
-            )
-    return list(found.values())
-
-
-def _read(pattern: str, value: str) -> _Rule:
-    """Read a value of the plan."""
-    kind, colon, sizes = str(value).partition(":")
-    try:
-        if not colon and kind in _KINDS and kind != "column_fused":
-            return _Rule(kind)
-        if kind in ("column", "column_gather", "row") and int(sizes) > 0:
-            return _Rule(kind, unit=int(sizes))
-        if kind == "column_fused" and "+" in sizes:
-            return _Rule(kind, blocks=tuple(int(size) for size in sizes.split("+")))
-        if kind == "column_fused" and int(sizes) > 0:
-            return _Rule(kind, num_blocks=int(sizes))
-    except ValueError:
-        pass  # a size that is no number: the value is unknown
-    raise ValueError(
-        f"{pattern!r}: {value!r} is no value of a plan; choose one of "
-        f"{', '.join(_KINDS)}, with whole rows as in column:64 or row:64, with blocks "
-        "as in column_fused:3 or column_fused:64+16+16"
-    )
-
-
-def _inside(matches: list[_Match], kinds: tuple[str, ...]) -> set[nn.Module]:
-    """Return all modules inside those that the plan names with these values."""
-    named = [match.module for match in matches if match.rule.kind in kinds]
-    return {inner for module in named for inner in module.modules()}
-
-
 def _layouts(
-    matches: list[_Match], mesh: DeviceMesh, sequence_parallel: bool
-) -> list[tuple[_Match, Layout]]:
+    matches: list[Match], mesh: DeviceMesh, sequence_parallel: bool
+) -> list[tuple[Match, Layout]]:
     """Say how each layer that is to be cut will lie, or refuse."""
-    plain, entered = _inside(matches, _WHOLE), _inside(matches, ("region",))
+    plain, entered = inside(matches, SEES_WHOLE), inside(matches, ("region",))
     layouts = []
     for match in matches:
         name, _, layer, rule = match
@@ -313,7 +233,7 @@ def _equal_blocks(name: str, length: int, num_blocks: int) -> tuple[int, ...]:
     return (length // num_blocks,) * num_blocks
 
 
-def _check_layer(match: _Match) -> None:
+def _check_layer(match: Match) -> None:
     name, _, layer, rule = match
     wanted = _LAYERS[rule.kind][0]
     if isinstance(layer, ParallelLayer):
@@ -334,9 +254,9 @@ def _check_layer(match: _Match) -> None:
         )
 
 
-def _check_values(matches: list[_Match], sequence_parallel: bool) -> None:
+def _check_values(matches: list[Match], sequence_parallel: bool) -> None:
     """Refuse values without effect, and modules that were changed by a plan before."""
-    whole = _inside(matches, _WHOLE)
+    whole = inside(matches, SEES_WHOLE)
     for name, _, module, rule in matches:
         if rule.kind in _SEQUENCE_ONLY and not sequence_parallel:
             raise ValueError(
@@ -356,7 +276,7 @@ def _check_values(matches: list[_Match], sequence_parallel: bool) -> None:
             )
 
 
-def _check_parameters(model: nn.Module, layouts: list[tuple[_Match, Layout]]) -> None:
+def _check_parameters(model: nn.Module, layouts: list[tuple[Match, Layout]]) -> None:
     """Refuse parameters that another engine has, or that are tied to another cut."""
     cuts = {match.module: layout.cuts for match, layout in layouts}
     seen: dict[nn.Parameter, tuple[str, object]] = {}
@@ -384,13 +304,13 @@ def _require_free(name: str, parameter: nn.Parameter) -> None:
 
 
 def _summed_parameters(
-    model: nn.Module, matches: list[_Match]
+    model: nn.Module, matches: list[Match]
 ) -> dict[nn.Module, tuple[str, ...]]:
     """Return which gradients each `sequence` module adds up; all must be named."""
     done = {
         parameter
         for match in matches
-        if match.rule.kind in (*_LAYERS, *_WHOLE)
+        if match.rule.kind in (*_LAYERS, *SEES_WHOLE)
         for parameter in match.module.parameters()
     }
     summed: dict[nn.Module, tuple[str, ...]] = {}
@@ -422,7 +342,7 @@ def _share_random_state(mesh: DeviceMesh) -> None:
 
 
 def _add_hooks(
-    match: _Match, mesh: DeviceMesh, sequence_parallel: bool, summed: tuple[str, ...]
+    match: Match, mesh: DeviceMesh, sequence_parallel: bool, summed: tuple[str, ...]
 ) -> None:
     module, kind = match.module, match.rule.kind
     cast(Any, module)._labpkg_rule = kind

@@ -88,10 +88,10 @@ def block_lengths(
                 "together; pass the width of what may not be cut, such as a head"
             )
         if (block // unit) % n:
-            what = f"{block // unit} units of {unit}" if unit > 1 else "which"
             step = unit * n
+            units = f" = {block // unit} units of {unit}" if unit > 1 else ""
             raise ValueError(
-                f"{name}={block}, {what} is not divisible by tp={n}; choose a multiple "
+                f"{name}={block}{units} is not divisible by tp={n}; choose a multiple "
                 f"of {step}, such as {-(-block // step) * step}, or fewer ranks"
             )
     return blocks
@@ -108,7 +108,6 @@ class ParallelLayer(nn.Module):
         for name, cut in layout.cuts.items():
             parameter = self.get_parameter(name)
             if cut_of(parameter) is None:
-                parameter.grad = None
                 parameter.data = cut.take(parameter.data)
         self._mark()
 

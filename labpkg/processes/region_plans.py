@@ -1,0 +1,119 @@
+"""Plans of tensor parallelism, read: which module of a model gets which value.
+
+The keys of a plan are patterns over the names of modules, the values words such as
+`row` or `column:64`; `apply_tensor_parallel` says what each means.
+
+Chapter: parallelism/tensor_parallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+
+SEES_WHOLE = ("whole", "sequence_scatter", "sequence_gather")
+"""Values of modules inside which all positions are seen."""
+_CUTS = ("column", "column_fused", "column_gather", "row", "vocab", "vocab_sequence")
+_KINDS = (*_CUTS, "region", "dropout", "sequence", *SEES_WHOLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A value of a plan.
+
+    Attributes:
+        kind: The word before the colon.
+        unit: Rows that stay together.
+        num_blocks: Equal matrices that are stacked.
+        blocks: Lengths of matrices that are stacked, if they were given.
+    """
+
+    kind: str
+    unit: int = 1
+    num_blocks: int = 1
+    blocks: tuple[int, ...] = ()
+
+
+class Match(NamedTuple):
+    """A module that a plan names: its name, the pattern, the module, the value."""
+
+    name: str
+    pattern: str
+    module: nn.Module
+    rule: Rule
+
+
+def match_plan(model: nn.Module, plan: Mapping[str, str]) -> list[Match]:
+    """Return the modules that a plan names, each once.
+
+    Args:
+        model: The model.
+        plan: Patterns and values.
+
+    Raises:
+        ValueError: If the plan is empty, for an unknown value, a pattern that matches
+            nothing, or a module with two values.
+    """
+    if not plan:
+        raise ValueError("the plan is empty; name a layer, e.g. {'up': 'column'}")
+    modules = list(model.named_modules(remove_duplicate=False))
+    names = [name for name, _ in modules]
+    found: dict[nn.Module, Match] = {}
+    for pattern, value in plan.items():
+        rule, is_used = _read(pattern, value), False
+        for name, module in modules:
+            if not fnmatchcase(name, pattern):
+                continue
+            is_used = True
+            first = found.setdefault(module, Match(name, pattern, module, rule))
+            if first.rule != rule:
+                raise ValueError(
+                    f"{name} is named twice, by {first.pattern!r} as "
+                    f"{plan[first.pattern]!r} and by {pattern!r} as {value!r}; make "
+                    "one pattern narrower"
+                )
+        if not is_used:
+            near = get_close_matches(pattern, names, n=3, cutoff=0.4)
+            hint = f"; the nearest names are {', '.join(near)}" if near else ""
+            raise ValueError(
+                f"no module of the model matches {pattern!r}{hint}; look at "
+                "[name for name, _ in model.named_modules()]"
+            )
+    return list(found.values())
+
+
+def _read(pattern: str, value: str) -> Rule:
+    """Read a value of the plan."""
+    kind, colon, sizes = str(value).partition(":")
+    try:
+        if not colon and kind in _KINDS and kind != "column_fused":
+            return Rule(kind)
+        if kind in ("column", "column_gather", "row") and int(sizes) > 0:
+            return Rule(kind, unit=int(sizes))
+        if kind == "column_fused" and "+" in sizes:
+            return Rule(kind, blocks=tuple(int(size) for size in sizes.split("+")))
+        if kind == "column_fused" and int(sizes) > 0:
+            return Rule(kind, num_blocks=int(sizes))
+    except ValueError:
+        pass  # a size that is no number: the value is unknown
+    raise ValueError(
+        f"{pattern!r}: {value!r} is no value of a plan; choose one of "
+        f"{', '.join(_KINDS)}, with whole rows as in column:64 or row:64, with blocks "
+        "as in column_fused:3 or column_fused:64+16+16"
+    )
+
+
+def inside(matches: list[Match], kinds: tuple[str, ...]) -> set[nn.Module]:
+    """Return all modules inside those that a plan names with these values.
+
+    Args:
+        matches: What the plan names.
+        kinds: The values.
+    """
+    named = [match.module for match in matches if match.rule.kind in kinds]
+    return {inner for module in named for inner in module.modules()}
