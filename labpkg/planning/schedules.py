@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from itertools import count, pairwise
+from itertools import count, islice, pairwise
 from typing import Literal
 
 from labpkg.planning.actions import Action, Kind, Schedule
@@ -134,8 +134,9 @@ def interleaved(
         # forward and its backward travel to the last rank and back.
         warmup = min((v - 1) * len(groups[0]) + 2 * (P - 1 - rank), v * M)
         actions = [Action(s, "F", m) for s, m in forward[:warmup]]
-        for step, (s, m) in enumerate(backward):
-            actions += [Action(t, "F", n) for t, n in forward[warmup:][step : step + 1]]
+        later = iter(forward[warmup:])
+        for s, m in backward:
+            actions += [Action(stage, "F", n) for stage, n in islice(later, 1)]
             actions.append(Action(s, "B", m))
         ranks.append(actions)
     return Schedule(ranks)
