@@ -1,4 +1,4 @@
-"""Collectives in place, for engines: start a transfer, compute, wait, read.
+"""Collectives and messages in place, for engines: start, compute, wait, read.
 
 The partners of `collectives` with names that end in `_`. They write into memory of the
 caller, carry no gradient and return a handle; until its `.wait()` has returned nobody
@@ -142,6 +142,77 @@ def reduce_scatter_(
     )
     local = lambda: out.copy_(x.tensor_split(axis.size)[axis.rank].clone())
     return start("reduce_scatter", axis, x.nbytes, move, local)
+
+
+def isend(x: Tensor, dst: int, mesh: DeviceMesh | None = None, *, tag: int = 0) -> Work:
+    """Start sending a contiguous `x` to rank `dst` of the axis; see `messages.send`.
+
+    Args:
+        x: The tensor; the receiver must expect its shape and dtype.
+        dst: The receiving rank of the axis.
+        mesh: The axis; None means all ranks.
+        tag: Matches one send with one receive; NCCL has none.
+
+    Returns:
+        The transfer in flight; call `.wait()` before changing `x`.
+
+    Communication: the bytes of `x`.
+    """
+    axis = axis_of(mesh)
+    _check_in_place(x)
+    move = partial(transport.send, x, axis.group, dst, tag)
+    return start("send", axis, x.nbytes, move)
+
+
+def irecv(
+    out: Tensor, src: int, mesh: DeviceMesh | None = None, *, tag: int = 0
+) -> Work:
+    """Start receiving into a contiguous `out` from rank `src` of the axis.
+
+    Args:
+        out: Where the message goes; of the shape and dtype that `src` sends.
+        src: The sending rank of the axis.
+        mesh: The axis; None means all ranks.
+        tag: Matches one send with one receive; NCCL has none.
+
+    Returns:
+        The transfer in flight; call `.wait()` before reading `out`.
+
+    Communication: nothing is sent.
+    """
+    axis = axis_of(mesh)
+    _check_in_place(out)
+    move = partial(transport.recv, out, axis.group, src, tag)
+    return start("recv", axis, 0, move, out.zero_)
+
+
+def exchange_(
+    outgoing: list[tuple[Tensor, int, int]],
+    incoming: list[tuple[Tensor, int, int]],
+    mesh: DeviceMesh | None = None,
+) -> Work:
+    """Start several messages at once, none of which waits for another.
+
+    Each is a contiguous tensor, a rank of the axis and a tag. On NCCL, which has no
+    tags, both ends of a pair name their messages in the same order.
+
+    Args:
+        outgoing: What to send, and to whom.
+        incoming: Where messages go, and from whom they come.
+        mesh: The axis; None means all ranks.
+
+    Returns:
+        The transfers in flight; call `.wait()` before touching any of the tensors.
+
+    Communication: the bytes of what is sent.
+    """
+    axis = axis_of(mesh)
+    for x, _, _ in (*outgoing, *incoming):
+        _check_in_place(x)
+    move = partial(transport.exchange, outgoing, incoming, axis.group)
+    local = lambda: [out.zero_() for out, _, _ in incoming]
+    num_bytes = sum(x.nbytes for x, _, _ in outgoing)
+    return start("send", axis, num_bytes, move, local)
 
 
 def slice_bounds(num_elements: int, n: int, rank: int) -> tuple[int, int]:

@@ -143,6 +143,23 @@ def off() -> Iterator[None]:
             _off_depth -= 1
 
 
+@contextmanager
+def always_on() -> Iterator[None]:
+    """Communicate inside the block even within `off`.
+
+    For what ranks agree on before data move, such as the shapes that they will receive:
+    without it there would be no correctly shaped answer from local data.
+    """
+    global _off_depth
+    with _lock:
+        before, _off_depth = _off_depth, 0
+    try:
+        yield
+    finally:
+        with _lock:
+            _off_depth = before
+
+
 class Axis(NamedTuple):
     """A communicator: the axis name, its group, size and this rank's place in it."""
 

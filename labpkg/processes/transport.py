@@ -344,6 +344,38 @@ def sendrecv(
     return Transfer(both, sent.wire_bytes)
 
 
+def exchange(
+    outgoing: list[tuple[Tensor, int, int]],
+    incoming: list[tuple[Tensor, int, int]],
+    group: ProcessGroup,
+) -> Transfer:
+    """Move several messages (tensor, peer, tag) at once, none waiting for another.
+
+    NCCL runs them as one kernel; its messages have no tags, so both ends of a pair must
+    name theirs in the same order. gloo posts the receives first: its sends wait.
+    """
+    sent = float(sum(x.nbytes for x, _, _ in outgoing))
+    tensors = [x for x, _, _ in (*outgoing, *incoming)]
+    if uses_gloo(group, tensors[0].device):
+        works = [recv(out, group, src, tag).work for out, src, tag in incoming]
+        works += [send(x, group, dst, tag).work for x, dst, tag in outgoing]
+    else:
+        calls = [(dist.isend, *each) for each in outgoing]
+        calls += [(dist.irecv, *each) for each in incoming]
+        ops = [
+            dist.P2POp(call, x, group=group, group_peer=peer)
+            for call, x, peer, _ in calls
+        ]
+        works = [_work(work) for work in dist.batch_isend_irecv(ops)]
+    # The closure holds what NCCL still reads or writes.
+    return Transfer(_Then(works, lambda: tensors), sent)
+
+
+def orders_messages(group: ProcessGroup, device: torch.device) -> bool:
+    """Whether messages have no tags and meet in the order of the calls, as in NCCL."""
+    return not uses_gloo(group, device)
+
+
 def by_torch(collective: str, x: Tensor) -> Tensor:
     """Run torch's own call on all ranks, uncounted: the base of benchmarks.
 

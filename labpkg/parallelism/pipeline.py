@@ -1,0 +1,421 @@
+"""Pipeline parallelism: ranks hold consecutive stages of a model, micro-batches pass.
+
+One interpreter runs every schedule: each rank walks through its list of actions, takes
+what an action needs from the neighbour stage, computes, and passes the result on. The
+order of the actions is the schedule's business, and so is that no rank waits for ever.
+
+A batch is cut into M micro-batches. Gradients accumulate over them, each loss divided
+by M, so a step has the gradient of the mean over the batch: that of one process.
+
+Chapter: parallelism/pipeline. References: Huang et al. 2019, GPipe, arXiv:1811.06965;
+Narayanan et al. 2021, arXiv:2104.04473; Qi et al. 2024, arXiv:2401.10241.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from labpkg.planning.actions import Message, Schedule
+from labpkg.planning.simulator import Timeline
+from labpkg.processes.clock import Clock
+from labpkg.processes.cuts import Place, mark_place
+from labpkg.processes.in_place import all_reduce_, broadcast_
+from labpkg.processes.mail import Mailbox, OrderedMailbox, route_of
+from labpkg.processes.negotiation import StageInfo, introduce, negotiate
+from labpkg.processes.ties import Tie, sum_gradients
+from labpkg.processes.traffic import axis_of
+from labpkg.processes.transport import orders_messages
+from labpkg.processes.walk import Plan, Walk
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class Pipeline(nn.Module):
+    """Train the stages of a model on the ranks of an axis, in the order of a schedule.
+
+    Every rank makes the same calls with the same batch: `step` accumulates gradients,
+    `evaluate` returns the loss, calling the pipeline returns the output. A parameter
+    that several ranks hold, as tied embeddings are, starts equal and gets the sum of
+    the gradients of all copies, bitwise the same. A stage may be a `DataParallel`; it
+    then reduces once per step. Freeze parameters before.
+
+    The names of parameters are those of the model that `split_stages` cut. Stages of
+    another origin whose names clash get `stages.<number>.` before them.
+
+    Args:
+        modules: The stage of this rank, or its stages in ascending order; each takes
+            one tensor and returns one.
+        schedule: Who does what, the same on every rank.
+        mesh: The pipeline axis, such as `mesh["pp"]`.
+        loss_fn: Mean loss of a micro-batch: (output, targets) -> a scalar.
+        recompute: Keep only the input of a stage and run it forward again before its
+            backward: memory of one micro-batch at a time for a third more work.
+        record: Measure when each action runs; see `timeline`.
+
+    Raises:
+        ValueError: On every rank, if the schedule is one for another number of ranks or
+            stages, if a rank has another number of modules or has them on another
+            device, if the ranks cut the model differently, or if the mesh has several
+            axes.
+
+    Communication: the activations that pass between ranks, forward, and as many bytes
+    of gradients, backward, once per micro-batch; an all_reduce of the loss; each holder
+    of a tied parameter sends its gradient to each other holder.
+    """
+
+    def __init__(
+        self,
+        modules: nn.Module | Iterable[nn.Module],
+        schedule: Schedule,
+        mesh: DeviceMesh,
+        *,
+        loss_fn: LossFunction,
+        recompute: bool = False,
+        record: bool = False,
+    ) -> None:
+        super().__init__()
+        is_one = isinstance(modules, nn.Module) and not isinstance(
+            modules, nn.ModuleList
+        )
+        self.stages = nn.ModuleList([modules] if is_one else modules)  # pyright: ignore
+        self.mesh, self.schedule, self.loss_fn = mesh, schedule, loss_fn
+        self.recompute, self.record = recompute, record
+        self._axis = axis_of(mesh)
+        infos = introduce(list(self.stages), schedule, mesh)
+        own = schedule.stages_of(self._axis.rank)
+        self._modules_of = dict(zip(own, self.stages, strict=True))
+        self._prefixes, numbers = _names(infos)
+        self._trains = [info.trains for info in infos.values()]
+        self._ties = self._tie(numbers)
+        self._plans: dict[tuple, Plan] = {}
+        self._timeline: Timeline | None = None
+        self._device = torch.device(mesh.device_type)
+        if mesh.device_type == "cuda":
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        # All ranks meet here first: messages between two would not open NCCL's channel.
+        all_reduce_(torch.zeros(1, device=self._device), mesh).wait()
+        for tie in self._ties:
+            tie.share(mesh)
+
+    def _tie(self, numbers: dict[int, dict[str, int]]) -> list[Tie]:
+        """Mark whose parameters are whose, and return those that several ranks hold."""
+        holders: dict[int, list[int]] = {}
+        for stage, own in numbers.items():
+            rank = self.schedule.rank_of(stage)
+            for number in own.values():
+                ranks = holders.setdefault(number, [])
+                if rank not in ranks:
+                    ranks.append(rank)
+        copies: dict[int, Tensor] = {}
+        for stage, module in self._modules_of.items():
+            for name, parameter in module.named_parameters(remove_duplicate=False):
+                number = numbers[stage][name]
+                if copies.setdefault(number, parameter) is not parameter:
+                    raise ValueError(
+                        f"{name} of stage {stage} is another tensor than the copy of "
+                        "the same parameter on this rank; keep them one object"
+                    )
+                is_first = holders[number][0] == self._axis.rank
+                mark_place(parameter, Place(self.mesh, is_first, number))
+        mark_place(self, Place(self.mesh))
+        return [
+            Tie(number, tuple(ranks), copies.get(number))
+            for number, ranks in sorted(holders.items())
+            if len(ranks) > 1
+        ]
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Run every micro-batch forward and backward; accumulate the mean's gradient.
+
+        Args:
+            x: The batch (B, ...), B a multiple of M; the same on every rank.
+            y: Its targets (B, ...).
+
+        Returns:
+            The mean loss, on every rank, without gradient.
+
+        Raises:
+            ValueError: On every rank, if M does not divide B, if a stage does not take
+                what the one before returns, or if gradients are disabled.
+        """
+        if not torch.is_grad_enabled():
+            raise ValueError("a step needs gradients; call it outside torch.no_grad()")
+        plan, xs, ys = self._prepare(x, y)
+        before = [_take_gradient(tie.parameter) for tie in self._ties]
+        clock = Clock(self.mesh) if self.record else None
+        losses = self._walk(plan, xs, ys, clock)
+        used = [
+            t.parameter is not None and t.parameter.grad is not None for t in self._ties
+        ]
+        loss, num_users = self._share_loss(plan, losses, used)
+        self._sum_copies(num_users, before)
+        if clock is not None:
+            self._timeline = clock.timeline()
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the mean loss over the micro-batches; run F only, without gradients.
+
+        Args:
+            x: The batch (B, ...), B a multiple of M; the same on every rank.
+            y: Its targets (B, ...).
+
+        Returns:
+            The mean loss, on every rank.
+
+        Raises:
+            ValueError: As `step`.
+        """
+        plan, xs, ys = self._prepare(x, y)
+        return self._share_loss(plan, self._walk(plan, xs, ys), [])[0]
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the model on every rank; run F only, without gradients.
+
+        Args:
+            x: The batch (B, ...), B a multiple of M; the same on every rank.
+
+        Returns:
+            What the last stage returns, for the whole batch.
+
+        Raises:
+            ValueError: As `step`.
+
+        Communication: also a broadcast of the output.
+        """
+        plan, xs, _ = self._prepare(x, None)
+        outputs = self._walk(plan, xs, None)
+        result = plan.shapes.result
+        shape = (len(xs) * result.shape[0], *result.shape[1:])
+        out = torch.empty(shape, dtype=result.dtype, device=self._device)
+        if outputs:
+            torch.cat(outputs, out=out)
+        broadcast_(out, self.mesh, src=self.schedule.rank_of(plan.last)).wait()
+        return out
+
+    @property
+    def timeline(self) -> Timeline:
+        """When each rank did what in the latest step, in seconds.
+
+        Raises:
+            ValueError: If there is no step yet, or without `record`.
+        """
+        if self._timeline is None:
+            raise ValueError(
+                "no step has been measured; pass record=True and call step first"
+            )
+        return self._timeline
+
+    def _walk(
+        self,
+        plan: Plan,
+        xs: list[Tensor],
+        ys: list[Tensor] | None,
+        clock: Clock | None = None,
+    ) -> list[Tensor]:
+        """Walk through the actions and return the results of the last stage."""
+        is_ordered = orders_messages(self._axis.group, self._device)
+        kind = OrderedMailbox if is_ordered else Mailbox
+        mail = kind(plan.route, plan.shapes.inputs, len(xs), self.mesh, self._device)
+        finish = lambda out, m: out if ys is None else self.loss_fn(out, ys[m])
+        walk = Walk(
+            plan,
+            self._modules_of,
+            mail,
+            xs,
+            finish,
+            recompute=self.recompute,
+            clock=clock,
+        )
+        walk.run()
+        return walk.results
+
+    def _prepare(
+        self, x: Tensor, y: Tensor | None
+    ) -> tuple[Plan, list[Tensor], list[Tensor] | None]:
+        """Cut the batch, and agree on shapes if it is the first of its kind."""
+        M, device = self.schedule.num_micro_batches, self._device.type
+        for name, tensor in (("x", x), ("y", y)):
+            if tensor is None:
+                continue
+            if tensor.dim() == 0 or not len(tensor) or len(tensor) % M:
+                raise ValueError(
+                    f"{name} of shape {tuple(tensor.shape)} is not divisible into {M} "
+                    f"micro-batches; choose a batch that is a multiple of {M}"
+                )
+            if len(tensor) != len(x) or tensor.device.type != device:
+                raise ValueError(
+                    f"{name} has {len(tensor)} rows on {tensor.device}, x has {len(x)} "
+                    f"and the mesh is one of {device}; let them match"
+                )
+        xs, ys = list(x.chunk(M)), None if y is None else list(y.chunk(M))
+        cast = torch.get_autocast_dtype(device)
+        key = (
+            (x.shape, x.dtype, None if y is None else (y.shape, y.dtype)),
+            cast if torch.is_autocast_enabled(device) else None,
+            (self.training, torch.is_grad_enabled()),
+        )
+        if key not in self._plans:
+            self._plans[key] = self._plan(xs[0], None if ys is None else ys[0])
+        return self._plans[key], xs, ys
+
+    def _plan(self, x: Tensor, y: Tensor | None) -> Plan:
+        """Agree on shapes, and find out which messages are needed."""
+        finish = lambda out: out if y is None else self.loss_fn(out, y)
+        num_stages, trains = self.schedule.num_stages, torch.is_grad_enabled()
+        shapes = negotiate(self._modules_of, num_stages, x, finish, self.mesh)
+        if (shapes.result.shape == ()) != (y is not None):
+            what = "the last stage returns" if y is None else "loss_fn returns"
+            raise ValueError(
+                f"{what} {shapes.result}; a loss is one number of shape (), and an "
+                "output has a row for each sample"
+            )
+        needs: set[int] = set()
+        for stage in range(1, num_stages if trains else 1):
+            dtype = shapes.inputs[stage].dtype
+            can_train = dtype.is_floating_point or dtype.is_complex
+            if can_train and (self._trains[stage - 1] or stage - 1 in needs):
+                needs.add(stage)
+
+        def carries(message: Message) -> bool:
+            return message.producer.kind == "F" or message.producer.stage in needs
+
+        route = route_of(self.schedule, self._axis.rank, carries)
+        actions = self.schedule.ranks[self._axis.rank]
+        if not trains:
+            actions = tuple(action for action in actions if action.kind == "F")
+        return Plan(shapes, actions, route, frozenset(needs), num_stages - 1)
+
+    def _share_loss(
+        self, plan: Plan, losses: list[Tensor], used: list[bool]
+    ) -> tuple[Tensor, list[float]]:
+        """Return the mean loss on all ranks, and how many of them say yes to each."""
+        dtype = plan.shapes.result.dtype
+        numbers = torch.tensor(
+            [0.0, *map(float, used)],
+            dtype=torch.promote_types(dtype, torch.float32),
+            device=self._device,
+        )
+        if losses:
+            numbers[0] = torch.stack(losses).to(numbers.dtype).mean()
+        all_reduce_(numbers, self.mesh).wait()
+        return numbers[0].to(dtype), numbers[1:].tolist() if used else []
+
+    def _sum_copies(self, num_users: list[float], before: list[Tensor | None]) -> None:
+        """Give the copies of tied parameters their gradients."""
+        active = [t for t, n in zip(self._ties, num_users, strict=True) if n > 0]
+        sum_gradients(active, self.mesh)
+        for tie, gradient in zip(self._ties, before, strict=True):
+            if tie.parameter is None or gradient is None:
+                continue
+            if tie.parameter.grad is None:
+                tie.parameter.grad = gradient
+            else:
+                tie.parameter.grad.detach().add_(gradient)
+
+    def named_modules(
+        self,
+        memo: set[nn.Module] | None = None,
+        prefix: str = "",
+        remove_duplicate: bool = True,
+    ) -> Generator:
+        """Yield the pipeline and its stages, all under the pipeline's name.
+
+        Args:
+            memo: Modules that were met before.
+            prefix: The pipeline's name.
+            remove_duplicate: Yield a module that is used twice once.
+        """
+        memo = set() if memo is None else memo
+        if self not in memo:
+            if remove_duplicate:
+                memo.add(self)
+            yield prefix, self
+            for stage, module in self._modules_of.items():
+                name = ".".join(filter(None, (prefix, self._prefixes[stage])))
+                yield from module.named_modules(memo, name, remove_duplicate)
+
+    def state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        *,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+    ) -> dict[str, Any]:
+        """Return the state of this rank's stages under the names of the whole model.
+
+        Args:
+            destination: Where to add it.
+            prefix: What to put before the names.
+            keep_vars: Return parameters themselves.
+        """
+        destination = {} if destination is None else destination
+        for stage, module in self._modules_of.items():
+            name = self._prefixes[stage]
+            module.state_dict(
+                destination=destination,
+                prefix=f"{prefix}{name}." if name else prefix,
+                keep_vars=keep_vars,
+            )
+        return destination
+
+    def load_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False
+    ) -> None:
+        """Load what `state_dict` returned on this rank.
+
+        Args:
+            state_dict: The state of this rank's stages.
+            strict: Refuse names that are missing or too many.
+            assign: Use the tensors themselves.
+
+        Raises:
+            RuntimeError: If names or shapes do not fit.
+        """
+        unknown = set(state_dict) - set(self.state_dict())
+        if strict and unknown:
+            raise RuntimeError(
+                f"no stage of this rank has {sorted(unknown)}; load what state_dict() "
+                "returned on this rank, or pass strict=False"
+            )
+        for stage, module in self._modules_of.items():
+            name = self._prefixes[stage]
+            start = f"{name}." if name else ""
+            own = {start + key for key in module.state_dict()}
+            part = {k.removeprefix(start): v for k, v in state_dict.items() if k in own}
+            module.load_state_dict(part, strict=strict, assign=assign)
+
+
+def _names(
+    infos: dict[int, StageInfo],
+) -> tuple[dict[int, str], dict[int, dict[str, int]]]:
+    """Return a prefix for each stage, and a number for each parameter by its name."""
+    if all(info.part is not None for info in infos.values()):
+        numbers = {
+            stage: {name: p.number for name, p in info.parameters.items()}
+            for stage, info in infos.items()
+        }
+        return dict.fromkeys(infos, ""), numbers  # pyright: ignore
+    counter = iter(range(sum(len(info.parameters) for info in infos.values())))
+    numbers = {
+        stage: {name: next(counter) for name in info.parameters}
+        for stage, info in infos.items()
+    }
+    names = [name for info in infos.values() for name in info.parameters]
+    clash = len(set(names)) < len(names)
+    return {s: f"stages.{s}" if clash else "" for s in infos}, numbers
+
+
+def _take_gradient(parameter: Tensor | None) -> Tensor | None:
+    """Put aside what was accumulated before: only what is new is summed over copies."""
+    if parameter is None or parameter.grad is None:
+        return None
+    before, parameter.grad = parameter.grad.detach().clone(), None
+    return before

@@ -1,0 +1,282 @@
+"""What the ranks of a pipeline agree on before a tensor moves.
+
+Each rank knows its own stages only. At the start all tell each other which parameters
+these have; before the first batch of a new shape, what each stage makes of what it
+gets. A rank that finds something wrong tells the others, so that all of them raise the
+same ValueError and none waits for a message that never comes.
+
+Chapter: parallelism/pipeline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from labpkg.planning.actions import Schedule
+from labpkg.processes.mail import Spec
+from labpkg.processes.messages import all_gather_object
+from labpkg.processes.replicas import require_dense, require_device
+from labpkg.processes.stages import Stage
+from labpkg.processes.traffic import always_on
+from labpkg.processes.trials import undisturbed, without_gradients
+
+T = TypeVar("T")
+
+
+def agree(find: Callable[[], T], mesh: DeviceMesh) -> list[T]:
+    """Return what each rank finds; raise on every rank what one of them raises.
+
+    Args:
+        find: Makes the value of this rank; it does not communicate.
+        mesh: The axis.
+
+    Raises:
+        ValueError: If `find` raises one on some rank, with the text of the first.
+
+    Communication: `all_gather_object`, also within `off`.
+    """
+    value, problem = None, None
+    try:
+        value = find()
+    except ValueError as error:
+        problem = str(error)
+    with always_on():
+        ranks = all_gather_object((value, problem), mesh)
+    for rank, (_, text) in enumerate(ranks):
+        if text is not None:
+            raise ValueError(f"rank {rank} of the pipeline: {text}")
+    return [value for value, _ in ranks]
+
+
+class ParameterInfo(NamedTuple):
+    """What other ranks know of a parameter."""
+
+    number: int | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StageInfo:
+    """What other ranks know of a stage.
+
+    Attributes:
+        parameters: Its parameters by all of their names.
+        part: Which units of a model it is, if `split_stages` made it.
+    """
+
+    parameters: dict[str, ParameterInfo]
+    part: tuple[int, int, int] | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether some parameter needs a gradient."""
+        return any(p.requires_grad for p in self.parameters.values())
+
+
+def inner(module: nn.Module) -> nn.Module:
+    """Return the stage inside a data-parallel wrapper, or the module itself.
+
+    Args:
+        module: What a rank runs as its stage.
+    """
+    inside = getattr(module, "module", None)
+    if isinstance(inside, nn.Module) and hasattr(module, "no_sync"):
+        return inside
+    return module
+
+
+def introduce(
+    modules: list[nn.Module], schedule: Schedule, mesh: DeviceMesh
+) -> dict[int, StageInfo]:
+    """Tell all ranks about the stages of this one; return all stages.
+
+    Args:
+        modules: The stages of this rank, in the order of `schedule.stages_of`.
+        schedule: Who does what; the same on every rank.
+        mesh: The axis of the pipeline.
+
+    Raises:
+        ValueError: On every rank, if the schedule is one for another number of ranks or
+            differs between ranks, if a rank has another number of stages, has them on
+            another device, or has cut the model elsewhere.
+
+    Communication: `all_gather_object` of about 100 bytes per parameter.
+    """
+
+    def find() -> tuple[str, dict[int, StageInfo]]:
+        if schedule.num_ranks != mesh.size():
+            raise ValueError(
+                f"the schedule is one for {schedule.num_ranks} ranks, but the axis has "
+                f"{mesh.size()}; make both of one size"
+            )
+        stages = schedule.stages_of(mesh.get_local_rank())
+        if len(modules) != len(stages):
+            raise ValueError(
+                f"{len(modules)} modules for the stages {list(stages)} of this rank; "
+                "pass [stages[s] for s in schedule.stages_of(rank)]"
+            )
+        for module in modules:
+            require_device(module, mesh)
+            require_dense(module)
+        infos = map(_info, modules)
+        digest = hashlib.sha256(str(schedule.ranks).encode()).hexdigest()
+        return digest, dict(zip(stages, infos, strict=True))
+
+    ranks = agree(find, mesh)
+    differing = [r for r, (digest, _) in enumerate(ranks) if digest != ranks[0][0]]
+    if differing:
+        raise ValueError(
+            f"rank {differing[0]} of the pipeline has another schedule than rank 0; "
+            "pass the same one on every rank"
+        )
+    stages = {stage: info for _, infos in ranks for stage, info in infos.items()}
+    stages = dict(sorted(stages.items()))
+    _check_cut(stages)
+    _check_copies(stages)
+    return stages
+
+
+def _info(module: nn.Module) -> StageInfo:
+    stage = inner(module)
+    numbers = stage.numbers if isinstance(stage, Stage) else {}
+    parameters = {
+        name: ParameterInfo(numbers.get(name), tuple(p.shape), p.dtype, p.requires_grad)
+        for name, p in module.named_parameters(remove_duplicate=False)
+    }
+    return StageInfo(parameters, stage.part if isinstance(stage, Stage) else None)
+
+
+def _check_cut(stages: Mapping[int, StageInfo]) -> None:
+    parts = {stage: info.part for stage, info in stages.items()}
+    end = 0
+    for stage, part in parts.items():
+        if part is None:
+            return
+        if part[0] != end or (stage == len(parts) - 1 and part[1] != part[2]):
+            raise ValueError(
+                f"stage {stage} holds the units {part[0]} to {part[1] - 1} of "
+                f"{part[2]}, but the stage before ends with unit {end - 1}; pass stage "
+                "s of one split_stages(model, num_stages) as stage s, cut alike on "
+                "every rank"
+            )
+        end = part[1]
+
+
+def _check_copies(stages: Mapping[int, StageInfo]) -> None:
+    """Refuse tied copies that are not alike."""
+    seen: dict[int, tuple[str, ParameterInfo]] = {}
+    for info in stages.values():
+        for name, parameter in info.parameters.items():
+            if parameter.number is None:
+                continue
+            other, first = seen.setdefault(parameter.number, (name, parameter))
+            if first != parameter:
+                raise ValueError(
+                    f"{other} {first.shape} and {name} {parameter.shape} are one "
+                    "parameter of the model, but differ in shape, dtype or "
+                    "requires_grad; treat both alike"
+                )
+
+
+class Shapes(NamedTuple):
+    """What passes between the stages for one shape of a batch.
+
+    Attributes:
+        inputs: What each stage takes, by its number.
+        result: What the last one makes: the loss, or the output without one.
+    """
+
+    inputs: dict[int, Spec]
+    result: Spec
+
+
+def negotiate(
+    modules: Mapping[int, nn.Module],
+    num_stages: int,
+    x: Tensor,
+    finish: Callable[[Tensor], Tensor],
+    mesh: DeviceMesh,
+) -> Shapes:
+    """Try each stage on what it will get, and tell all ranks what comes out.
+
+    Stage after stage runs once without gradients; buffers and random numbers are given
+    back. Only shapes and dtypes travel.
+
+    Args:
+        modules: The stages of this rank.
+        num_stages: How many stages there are.
+        x: A micro-batch.
+        finish: Makes the loss from the output of the last stage.
+        mesh: The axis of the pipeline.
+
+    Raises:
+        ValueError: On every rank, if a stage does not take what comes, does not return
+            one tensor, or if the loss fails or is not one number.
+
+    Communication: `all_gather_object` once per stage.
+    """
+    inputs, spec = {}, Spec(tuple(x.shape), x.dtype)
+    for stage in range(num_stages):
+        inputs[stage] = spec
+
+        def find(stage: int = stage, spec: Spec = spec) -> Spec | None:
+            if stage not in modules:
+                return None
+            with undisturbed([modules[stage]], x.device), without_gradients():
+                trial = x if stage == 0 else _sample(spec, x.device)
+                y = _try(modules[stage], stage, trial)
+                return _spec(y if stage < num_stages - 1 else _finish(finish, y))
+
+        spec = next(found for found in agree(find, mesh) if found is not None)
+    return Shapes(inputs, spec)
+
+
+def _sample(spec: Spec, device: torch.device) -> Tensor:
+    x = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+    return x.uniform_() if spec.dtype.is_floating_point else x
+
+
+def _spec(x: Tensor) -> Spec:
+    return Spec(tuple(x.shape), x.dtype)
+
+
+def _try(module: nn.Module, stage: int, x: Tensor) -> Tensor:
+    try:
+        y: Any = module(x)
+    except Exception as error:
+        source = f"stage {stage - 1} returns" if stage else "is a micro-batch"
+        raise ValueError(
+            f"stage {stage} does not take {_spec(x)}, which {source}: "
+            f"{type(error).__name__}: {error}; let the stages fit each other"
+        ) from error
+    if not isinstance(y, Tensor):
+        raise ValueError(
+            f"stage {stage} returns {type(y).__name__}; a stage takes one tensor and "
+            "returns one"
+        )
+    return y
+
+
+def _finish(finish: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    try:
+        result: Any = finish(y)
+    except Exception as error:
+        raise ValueError(
+            f"loss_fn does not take {_spec(y)}, which the last stage returns: "
+            f"{type(error).__name__}: {error}; check the targets and the last stage"
+        ) from error
+    if not isinstance(result, Tensor):
+        raise ValueError(
+            f"loss_fn returns {type(result).__name__}; it has to return a tensor that "
+            "holds one number"
+        )
+    return result

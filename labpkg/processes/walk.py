@@ -1,0 +1,266 @@
+"""The interpreter of a pipeline: one rank walks through its actions.
+
+It knows no schedule by name. For each action it takes what the action needs, from
+another rank or from its own neighbour stage, computes, keeps what backward will need,
+and passes the result on. Nothing is kept longer than that: the output of a stage goes
+as soon as it is sent, and the rest with the backward of its micro-batch.
+
+Chapter: parallelism/pipeline. References: Huang et al. 2019, GPipe, arXiv:1811.06965;
+Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174
+(recomputation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from labpkg.planning.actions import Action
+from labpkg.processes.clock import Clock, Mark
+from labpkg.processes.halves import DeferWeights, Product, enter, finish_weights
+from labpkg.processes.mail import Mailbox, OrderedMailbox, Route
+from labpkg.processes.negotiation import Shapes
+from labpkg.processes.trials import RandomState, random_state, without_gradients
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a rank does with batches of one shape.
+
+    Attributes:
+        shapes: What passes between stages.
+        actions: What this rank does, in order.
+        route: What it sends and receives.
+        needs_gradient: The stages whose input needs a gradient.
+        last: Number of the last stage.
+    """
+
+    shapes: Shapes
+    actions: tuple[Action, ...]
+    route: Route
+    needs_gradient: frozenset[int]
+    last: int
+
+
+class _Graph(NamedTuple):
+    """What is kept of a micro-batch on a stage between forward and backward.
+
+    Attributes:
+        root: Where backward starts; not the output itself, which may go.
+        gradient: Where backward puts the gradient of the input.
+        products: Where it puts weight gradients off, if it is split.
+    """
+
+    root: GradientEdge | None
+    gradient: list[Tensor]
+    products: list[Product]
+
+
+class _Input(NamedTuple):
+    """What is kept instead if forward will run again."""
+
+    x: Tensor
+    random: RandomState
+
+
+class Walk:
+    """One walk of a rank through its actions, and what is alive on the way.
+
+    Args:
+        plan: What to do; it has backward actions only if gradients are enabled.
+        modules: The stages of this rank.
+        mail: Moves tensors between ranks.
+        xs: The micro-batches.
+        finish: Makes the result, such as the loss, from the output of the last stage
+            for a micro-batch.
+        recompute: Run forward again before backward, unless it has just run.
+        clock: Notes when actions run; or None.
+
+    Attributes:
+        results: What the last stage made, if it is on this rank.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        modules: Mapping[int, nn.Module],
+        mail: Mailbox | OrderedMailbox,
+        xs: list[Tensor],
+        finish: Callable[[Tensor, int], Tensor],
+        *,
+        recompute: bool,
+        clock: Clock | None,
+    ) -> None:
+        self._plan, self._modules, self._mail = plan, modules, mail
+        self._xs, self._finish, self._clock = xs, finish, clock
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._kept: dict[tuple[int, int], _Graph | _Input] = {}
+        self._products: dict[tuple[int, int], list[Product]] = {}
+        self._local: dict[tuple[int, bool, int], Tensor] = {}
+        self._split = {(a.stage, a.micro_batch) for a in plan.actions if a.kind == "I"}
+        self._again = _waiting(plan.actions) if recompute else set()
+        self._defers: set[int] = set()  # the stages that put weight gradients off
+        self._unsynced: dict[int, ExitStack] = {}
+        # The last backward pass of a stage that puts weight gradients off, or does not.
+        self._finals = {
+            (a.stage, defers): a
+            for defers, kinds in ((True, "BW"), (False, "BI"))
+            for a in plan.actions
+            if a.kind in kinds
+        }
+        device, dtype = xs[0].device, plan.shapes.result.dtype
+        self._scale = torch.tensor(1 / len(xs), dtype=dtype, device=device)
+        self._uncast = torch.autocast(device.type, enabled=False)
+        self.results: list[Tensor] = []
+
+    def run(self) -> None:
+        """Do every action, then wait until all that was sent has arrived."""
+        do = {
+            "F": self._forward,
+            "B": self._backward,
+            "I": self._backward,
+            "W": self._weights,
+        }
+        with ExitStack() as pauses:
+            for stage, module in self._modules.items():
+                no_sync: Any = getattr(module, "no_sync", None)
+                if no_sync is not None:
+                    self._unsynced[stage] = pauses.enter_context(ExitStack())
+                    self._unsynced[stage].enter_context(no_sync())
+            for action in self._plan.actions:
+                do[action.kind](action)
+                self._mail.after(action)
+        self._mail.close()
+
+    def _forward(self, action: Action) -> None:
+        stage, _, m = action
+        x = self._take(action, stage - 1) if stage else self._xs[m]
+        start = self._clock and self._clock.now()
+        if not torch.is_grad_enabled():
+            y = self._compute(stage, m, x)
+        elif action in self._again:
+            self._kept[stage, m] = _Input(x, random_state(x.device))
+            y = self._compute_in_vain(stage, m, x)
+        else:
+            y, self._kept[stage, m] = self._build(stage, m, x)
+        self._note(action, start)
+        if stage == self._plan.last:
+            self.results.append(y)
+        else:
+            self._put(action, stage + 1, y)
+
+    def _compute(self, stage: int, m: int, x: Tensor) -> Tensor:
+        y = self._modules[stage](x)
+        return self._finish(y, m) if stage == self._plan.last else y
+
+    def _compute_in_vain(self, stage: int, m: int, x: Tensor) -> Tensor:
+        """Run forward, which will run again, without keeping anything."""
+        version = x._version
+        with without_gradients():
+            y = self._compute(stage, m, x)
+        if x._version != version:
+            raise RuntimeError(
+                f"stage {stage} changes its input in place, so it cannot run forward "
+                "again; use recompute=False or an operation that is not in place"
+            )
+        return y
+
+    def _build(self, stage: int, m: int, x: Tensor) -> tuple[Tensor, _Graph]:
+        """Run forward and return the result and what backward needs."""
+        gradient: list[Tensor] = []
+        products: list[Product] = []
+        if stage in self._plan.needs_gradient:
+            x = enter(x, gradient, self._anchor)
+        if (stage, m) in self._split:
+            with DeferWeights(products) as defer:
+                y = self._compute(stage, m, x)
+            if defer.num_layers:
+                self._defers.add(stage)
+        else:
+            y = self._compute(stage, m, x)
+        root = get_gradient_edge(y) if y.requires_grad else None
+        return y.detach(), _Graph(root, gradient, products)
+
+    def _backward(self, action: Action) -> None:
+        stage, kind, m = action
+        if stage == self._plan.last:
+            gradient = self._scale
+        elif stage + 1 in self._plan.needs_gradient:
+            gradient = self._take(action, stage + 1)
+        else:
+            gradient = None
+        start = self._clock and self._clock.now()
+        kept = self._kept.pop((stage, m))
+        if isinstance(kept, _Input):
+            with kept.random.again():
+                kept = self._build(stage, m, kept.x)[1]
+        self._sync(action)
+        if kept.root is not None and gradient is not None:
+            with self._uncast:
+                torch.autograd.backward(kept.root, gradient)
+        if kind == "I":
+            self._products[stage, m] = kept.products
+        self._note(action, start)
+        if stage in self._plan.needs_gradient:
+            spec = self._plan.shapes.inputs[stage]
+            unused = not kept.gradient
+            dx = spec.zeros(self._scale.device) if unused else kept.gradient[0]
+            self._put(action, stage - 1, dx)
+
+    def _weights(self, action: Action) -> None:
+        stage, _, m = action
+        start = self._clock and self._clock.now()
+        self._sync(action)
+        with self._uncast:
+            finish_weights(self._products.pop((stage, m)))
+        self._note(action, start)
+
+    def _note(self, action: Action, start: Mark | None) -> None:
+        if self._clock is not None and start is not None:
+            self._clock.note(action, start)
+
+    def _take(self, action: Action, source: int) -> Tensor:
+        """Return what another stage made for an action."""
+        if source in self._modules:
+            return self._local.pop(
+                (action.stage, action.kind == "F", action.micro_batch)
+            )
+        return self._mail.take(action)
+
+    def _put(self, action: Action, goal: int, x: Tensor) -> None:
+        """Pass on what an action has made."""
+        spec = self._plan.shapes.inputs[max(action.stage, goal)]
+        if x.shape != spec.shape or x.dtype != spec.dtype:
+            raise RuntimeError(
+                f"{action} made {tuple(x.shape)} {x.dtype}, but {spec} when shapes "
+                "were agreed on; a shape may depend on shapes only, not on values"
+            )
+        if goal in self._modules:
+            self._local[goal, action.kind == "F", action.micro_batch] = x
+        else:
+            self._mail.put(action, x)
+
+    def _sync(self, action: Action) -> None:
+        """Let a data-parallel stage reduce in its last backward pass."""
+        pause = self._unsynced.get(action.stage)
+        if pause is None:
+            return
+        ends_with_weights = action.stage in self._defers
+        if action == self._finals[action.stage, ends_with_weights]:
+            pause.close()
+
+
+def _waiting(actions: Sequence[Action]) -> set[Action]:
+    """Return the forwards that something else follows than their own backward."""
+    return {
+        action
+        for action, after in pairwise(actions)
+        if action.kind == "F" and (after.kind not in "BI" or after[::2] != action[::2])
+    }
