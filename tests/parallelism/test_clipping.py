@@ -10,10 +10,20 @@ from torch import nn
 import labpkg as lab
 from labpkg.parallelism.clipping import clip_grad_norm
 from labpkg.parallelism.fsdp import fully_shard
-from labpkg.parallelism.whole import full_state_dict, load_full_state_dict
+from labpkg.parallelism.whole import (
+    full_gradients,
+    full_state_dict,
+    load_full_state_dict,
+)
 from labpkg.parallelism.zero import ZeroOptimizer
 from labpkg.processes.collectives import off
 from labpkg.processes.flat import shard_of
+from tests.parallelism.layouts import (
+    LAYOUTS,
+    laid_out,
+    optimizer_for,
+    whole_chain,
+)
 from tests.parallelism.shards import cut_in_place, cut_whole
 
 SIZES = (5, 7, 3)
@@ -196,6 +206,49 @@ def test_training_with_clipping_is_that_of_one_process(world4, engine):
         torch.testing.assert_close(
             result, (norms, dict(model.state_dict())), rtol=1e-12, atol=1e-14
         )
+
+
+def clipped_layouts(max_norm):
+    """Return, by layout, the norm, the clipped gradients, and calls and bytes."""
+    found = {}
+    for layout, sizes in LAYOUTS.items():
+        model, mesh = laid_out(layout, sizes, seed=0)
+        engine = optimizer_for(layout, model, mesh, lab.SGD, lr=0.1)  # it may reduce
+        loss = model(0)
+        if loss.requires_grad:
+            loss.backward()
+        with lab.count_comms() as log:
+            norm = clip_grad_norm(model, max_norm)
+        traffic = [(log[a].calls, log[a].payload_bytes) for a in ("dp", "tp", "pp")]
+        again = clip_grad_norm(engine.param_groups[0]["params"], math.inf)
+        found[layout] = norm, full_gradients(model), traffic, again
+    return found
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e3])
+def test_cuts_stages_and_slices_count_each_element_once(world4, max_norm):
+    model = whole_chain()
+    model(0).backward()
+    matrices = [p for p in model.parameters() if p.grad is not None and p.ndim > 1]
+    expected = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    of_matrices = torch.nn.utils.get_total_norm([p.grad for p in matrices])
+    for rank, found in enumerate(world4.run(clipped_layouts, max_norm)):
+        has_cuts = rank >= 2  # the first of two stages has none
+        for norm, gradients, _, again in found.values():
+            torch.testing.assert_close(norm, expected, rtol=1e-14, atol=0)
+            torch.testing.assert_close(again, of_matrices, rtol=1e-13, atol=0)
+            for name, p in model.named_parameters():
+                torch.testing.assert_close(gradients[name], p.grad, rtol=1e-13, atol=0)
+        assert {layout: traffic for layout, (*_, traffic, _) in found.items()} == {
+            "tp": [(0, 0), (1, 8), (0, 0)],
+            "pp": [(0, 0), (0, 0), (1, 8)],
+            "pp tp": [(0, 0), (has_cuts, 8 * has_cuts), (1, 8)],
+            "tp stage 1": [(1, 16), (1, 8), (0, 0)],  # slices of cuts, and of the rest
+            "tp stage 2": [(1, 16), (1, 8), (0, 0)],
+            "tp stage 3": [(1, 16), (1, 8), (0, 0)],
+            "pp stage 2": [(1, 8), (0, 0), (1, 8)],
+            "pp stage 3": [(1, 8), (0, 0), (1, 8)],
+        }
 
 
 def without_communication():
