@@ -6,6 +6,7 @@ import re
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from labpkg import plot
 from labpkg.planning.schedules import gpipe, interleaved, one_f_one_b, zero_bubble
@@ -166,7 +167,8 @@ def test_arrows_show_the_messages_that_leave():
     arrows = {}
     for now in (0, 1, 2, 4, 5, 7, 9):
         ax = draw_moment(schedule, timeline, now)
-        found = [text for text in ax.texts if text.arrow_patch is not None]
-        arrows[now] = [(text.xyann[1], text.xy[1]) for text in found]
+        found = [text for text in ax.texts if isinstance(text, Annotation)]
+        ends = [(text.xyann[1], text.xy[1]) for text in found if text.arrow_patch]
+        arrows[now] = ends
     sent = {1: [(0, 1)], 2: [(0, 1)], 4: [(1, 0)], 7: [(1, 0)]}
     assert arrows == {now: sent.get(now, []) for now in arrows}
