@@ -268,6 +268,7 @@ def test_where_stages_live():
     assert (schedule.num_ranks, schedule.num_stages) == (3, 6)
     assert schedule.num_micro_batches == 2
     assert [schedule.rank_of(stage) for stage in range(6)] == [0, 1, 2, 2, 1, 0]
+    assert Schedule(schedule.ranks[::-1]).stages_of(2) == (0, 5)
     with pytest.raises(ValueError, match=r"stage=6 is none .* 0 to 5"):
         schedule.rank_of(6)
     with pytest.raises(ValueError, match=r"rank=3 is none .* 0 to 2"):
@@ -404,6 +405,18 @@ def deadlock(ranks):
             "1B0, which rank 1 does after 1F1; rank 1 waits at step 0, 1F1, for the "
             "activations of 0F1, which rank 0 does after 0B0. Cycle of ranks: "
             "0 -> 1 -> 0. Put 0F1 before 0B0 on rank 0",
+        ),
+        (
+            "0F0 0F1 0B0 0B1\n1F0 1F1 1B0 1B1\n2F0 2B1 2F1 2B0",
+            "rank 2 has 2F1 at step 2, 2B1 at step 1; backward uses",
+        ),
+        (
+            "0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1\n2F0 2F1 2B0 2B1",
+            "rank 0 waits at step 2, 0B0, for the gradient of 1B0, which rank 1 cannot "
+            "start; rank 1 waits at step 1, 1B0, for the gradient of 2B0, which rank 2 "
+            "does after 2F1; rank 2 waits at step 1, 2F1, for the activations of 1F1, "
+            "which rank 1 does after 1B0. Cycle of ranks: 1 -> 2 -> 1. Put 1F1 before "
+            "1B0 on rank 1",
         ),
         ("1F0 0F0 0B0 1B0", "Cycle of ranks: 0 -> 0. Put 0F0 before 1F0 on rank 0"),
         ("0F0 0B0\n1F0", "stage 1 on rank 1 does F for micro-batch 0; it needs F, and"),
