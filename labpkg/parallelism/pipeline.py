@@ -20,17 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from labpkg.planning.actions import Message, Schedule
+from labpkg.planning.actions import Schedule
 from labpkg.planning.simulator import Timeline
 from labpkg.processes.clock import Clock
 from labpkg.processes.cuts import Place, mark_place
 from labpkg.processes.in_place import all_reduce_, broadcast_
-from labpkg.processes.mail import Mailbox, OrderedMailbox, route_of
+from labpkg.processes.mail import Mailbox, OrderedMailbox
 from labpkg.processes.negotiation import StageInfo, introduce, negotiate
-from labpkg.processes.ties import Tie, sum_gradients
+from labpkg.processes.ties import Ties
 from labpkg.processes.traffic import axis_of
 from labpkg.processes.transport import orders_messages
-from labpkg.processes.walk import Plan, Walk
+from labpkg.processes.walk import Plan, Walk, plan_of
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -91,7 +91,8 @@ class Pipeline(nn.Module):
         self._modules_of = dict(zip(own, self.stages, strict=True))
         self._prefixes, numbers = _names(infos)
         self._trains = [info.trains for info in infos.values()]
-        self._ties = self._tie(numbers)
+        self._ties = Ties(self._modules_of, numbers, schedule.rank_of, mesh)
+        mark_place(self, Place(mesh))
         self._plans: dict[tuple, Plan] = {}
         self._timeline: Timeline | None = None
         self._device = torch.device(mesh.device_type)
@@ -99,35 +100,7 @@ class Pipeline(nn.Module):
             self._device = torch.device("cuda", torch.cuda.current_device())
         # All ranks meet here first: messages between two would not open NCCL's channel.
         all_reduce_(torch.zeros(1, device=self._device), mesh).wait()
-        for tie in self._ties:
-            tie.share(mesh)
-
-    def _tie(self, numbers: dict[int, dict[str, int]]) -> list[Tie]:
-        """Mark whose parameters are whose, and return those that several ranks hold."""
-        holders: dict[int, list[int]] = {}
-        for stage, own in numbers.items():
-            rank = self.schedule.rank_of(stage)
-            for number in own.values():
-                ranks = holders.setdefault(number, [])
-                if rank not in ranks:
-                    ranks.append(rank)
-        copies: dict[int, Tensor] = {}
-        for stage, module in self._modules_of.items():
-            for name, parameter in module.named_parameters(remove_duplicate=False):
-                number = numbers[stage][name]
-                if copies.setdefault(number, parameter) is not parameter:
-                    raise ValueError(
-                        f"{name} of stage {stage} is another tensor than the copy of "
-                        "the same parameter on this rank; keep them one object"
-                    )
-                is_first = holders[number][0] == self._axis.rank
-                mark_place(parameter, Place(self.mesh, is_first, number))
-        mark_place(self, Place(self.mesh))
-        return [
-            Tie(number, tuple(ranks), copies.get(number))
-            for number, ranks in sorted(holders.items())
-            if len(ranks) > 1
-        ]
+        self._ties.share()
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Run every micro-batch forward and backward; accumulate the mean's gradient.
@@ -146,14 +119,11 @@ class Pipeline(nn.Module):
         if not torch.is_grad_enabled():
             raise ValueError("a step needs gradients; call it outside torch.no_grad()")
         plan, xs, ys = self._prepare(x, y)
-        before = [_take_gradient(tie.parameter) for tie in self._ties]
+        self._ties.put_aside()
         clock = Clock(self.mesh) if self.record else None
         losses = self._walk(plan, xs, ys, clock)
-        used = [
-            t.parameter is not None and t.parameter.grad is not None for t in self._ties
-        ]
-        loss, num_users = self._share_loss(plan, losses, used)
-        self._sum_copies(num_users, before)
+        loss, num_users = self._share_loss(plan, losses, self._ties.used)
+        self._ties.sum_gradients(num_users)
         if clock is not None:
             self._timeline = clock.timeline()
         return loss
@@ -269,7 +239,7 @@ class Pipeline(nn.Module):
     def _plan(self, x: Tensor, y: Tensor | None) -> Plan:
         """Agree on shapes, and find out which messages are needed."""
         finish = lambda out: out if y is None else self.loss_fn(out, y)
-        num_stages, trains = self.schedule.num_stages, torch.is_grad_enabled()
+        num_stages = self.schedule.num_stages
         shapes = negotiate(self._modules_of, num_stages, x, finish, self.mesh)
         if (shapes.result.shape == ()) != (y is not None):
             what = "the last stage returns" if y is None else "loss_fn returns"
@@ -277,21 +247,13 @@ class Pipeline(nn.Module):
                 f"{what} {shapes.result}; a loss is one number of shape (), and an "
                 "output has a row for each sample"
             )
-        needs: set[int] = set()
-        for stage in range(1, num_stages if trains else 1):
-            dtype = shapes.inputs[stage].dtype
-            can_train = dtype.is_floating_point or dtype.is_complex
-            if can_train and (self._trains[stage - 1] or stage - 1 in needs):
-                needs.add(stage)
-
-        def carries(message: Message) -> bool:
-            return message.producer.kind == "F" or message.producer.stage in needs
-
-        route = route_of(self.schedule, self._axis.rank, carries)
-        actions = self.schedule.ranks[self._axis.rank]
-        if not trains:
-            actions = tuple(action for action in actions if action.kind == "F")
-        return Plan(shapes, actions, route, frozenset(needs), num_stages - 1)
+        return plan_of(
+            self.schedule,
+            self._axis.rank,
+            shapes,
+            self._trains,
+            with_backward=torch.is_grad_enabled(),
+        )
 
     def _share_loss(
         self, plan: Plan, losses: list[Tensor], used: list[bool]
@@ -307,18 +269,6 @@ class Pipeline(nn.Module):
             numbers[0] = torch.stack(losses).to(numbers.dtype).mean()
         all_reduce_(numbers, self.mesh).wait()
         return numbers[0].to(dtype), numbers[1:].tolist() if used else []
-
-    def _sum_copies(self, num_users: list[float], before: list[Tensor | None]) -> None:
-        """Give the copies of tied parameters their gradients."""
-        active = [t for t, n in zip(self._ties, num_users, strict=True) if n > 0]
-        sum_gradients(active, self.mesh)
-        for tie, gradient in zip(self._ties, before, strict=True):
-            if tie.parameter is None or gradient is None:
-                continue
-            if tie.parameter.grad is None:
-                tie.parameter.grad = gradient
-            else:
-                tie.parameter.grad.detach().add_(gradient)
 
     def named_modules(
         self,
@@ -411,11 +361,3 @@ def _names(
     names = [name for info in infos.values() for name in info.parameters]
     clash = len(set(names)) < len(names)
     return {s: f"stages.{s}" if clash else "" for s in infos}, numbers
-
-
-def _take_gradient(parameter: Tensor | None) -> Tensor | None:
-    """Put aside what was accumulated before: only what is new is summed over copies."""
-    if parameter is None or parameter.grad is None:
-        return None
-    before, parameter.grad = parameter.grad.detach().clone(), None
-    return before

@@ -127,6 +127,7 @@ def introduce(
         for module in modules:
             require_device(module, mesh)
             require_dense(module)
+        _check_objects(modules)
         infos = map(_info, modules)
         digest = hashlib.sha256(str(schedule.ranks).encode()).hexdigest()
         return digest, dict(zip(stages, infos, strict=True))
@@ -153,6 +154,24 @@ def _info(module: nn.Module) -> StageInfo:
         for name, p in module.named_parameters(remove_duplicate=False)
     }
     return StageInfo(parameters, stage.part if isinstance(stage, Stage) else None)
+
+
+def _check_objects(modules: list[nn.Module]) -> None:
+    """Refuse two tensors on one rank that are one parameter of the model."""
+    copies: dict[int, tuple[str, Tensor]] = {}
+    for module in modules:
+        stage = inner(module)
+        numbers = stage.numbers if isinstance(stage, Stage) else {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            number = numbers.get(name)
+            if number is None:
+                continue
+            other, copy = copies.setdefault(number, (name, parameter))
+            if copy is not parameter:
+                raise ValueError(
+                    f"{other} and {name} are one parameter of the model, but two "
+                    "tensors on this rank; replace or copy its stages together"
+                )
 
 
 def _check_cut(stages: Mapping[int, StageInfo]) -> None:

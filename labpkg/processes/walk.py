@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from labpkg.planning.actions import Action
+from labpkg.planning.actions import Action, Message, Schedule
 from labpkg.processes.clock import Clock, Mark
 from labpkg.processes.halves import DeferWeights, Product, enter, finish_weights
-from labpkg.processes.mail import Mailbox, OrderedMailbox, Route
+from labpkg.processes.mail import Mailbox, OrderedMailbox, Route, route_of
 from labpkg.processes.negotiation import Shapes
 from labpkg.processes.trials import RandomState, random_state, without_gradients
 
@@ -47,6 +47,43 @@ class Plan:
     route: Route
     needs_gradient: frozenset[int]
     last: int
+
+
+def plan_of(
+    schedule: Schedule,
+    rank: int,
+    shapes: Shapes,
+    trains: Sequence[bool],
+    *,
+    with_backward: bool,
+) -> Plan:
+    """Return what a rank does, and which messages that takes.
+
+    Nobody sends a gradient to a stage that has nothing to train, if those before it
+    have nothing either.
+
+    Args:
+        schedule: Who does what.
+        rank: The rank.
+        shapes: What passes between stages.
+        trains: Whether a parameter of each stage needs a gradient.
+        with_backward: Whether to do more than F.
+    """
+    needs: set[int] = set()
+    for stage in range(1, schedule.num_stages if with_backward else 1):
+        dtype = shapes.inputs[stage].dtype
+        can_train = dtype.is_floating_point or dtype.is_complex
+        if can_train and (trains[stage - 1] or stage - 1 in needs):
+            needs.add(stage)
+
+    def carries(message: Message) -> bool:
+        return message.producer.kind == "F" or message.producer.stage in needs
+
+    route = route_of(schedule, rank, carries)
+    actions = schedule.ranks[rank]
+    if not with_backward:
+        actions = tuple(action for action in actions if action.kind == "F")
+    return Plan(shapes, actions, route, frozenset(needs), schedule.num_stages - 1)
 
 
 class _Graph(NamedTuple):
