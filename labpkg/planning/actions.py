@@ -113,7 +113,7 @@ class Schedule:
     _ticks: tuple[tuple[int, ...], ...] = field(compare=False)
 
     def __init__(self, ranks: Iterable[Iterable[Action]]) -> None:
-        put = partial(object.__setattr__, self)  # assignment is for others forbidden
+        put = partial(object.__setattr__, self)  # others cannot assign
         put("ranks", tuple(tuple(actions) for actions in ranks))
         for rank, actions in enumerate(self.ranks):
             for action in actions:

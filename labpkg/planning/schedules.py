@@ -10,7 +10,7 @@ Notation: P ranks, v stages on each rank, M micro-batches. Standard library only
 
 Chapter: parallelism/pipeline. References: Huang et al. 2019, arXiv:1811.06965 (GPipe);
 Narayanan et al. 2021, arXiv:2006.09503 (1F1B) and arXiv:2104.04473 (interleaved); Qi et
-al. 2024, arXiv:2401.10241 and arXiv:2405.15362 (zero bubble).
+al. 2024, arXiv:2401.10241 (zero bubble).
 """
 
 from __future__ import annotations
@@ -93,16 +93,17 @@ def interleaved(
 ) -> Schedule:
     """Return the interleaved 1F1B schedule: v thin stages on each rank, dealt in turn.
 
-    Rank r has the stages r, P + r, 2 P + r and so on. Micro-batches go through them in
-    groups of at least P: each group through the rank's first stage, then its second.
-    With G, the size of the largest group (P if P divides M), and M >= P:
+    Rank r has the stages r, P + r, 2 P + r and so on. Micro-batches come in groups of
+    at least P: a group passes the first stage of a rank, then its second, and so on.
 
-    The bubble is (P - 1) / (v M + P - 1), for any M: a step to fill and to drain is
-    v times shorter. Rank r keeps min(v M, (v - 1) G + 2 (P - 1 - r) + 1) activations,
-    each of 1/v of the size; so rank 0 keeps the more, 1 + (P - 1) / (v P) times as much
-    as with 1F1B if P divides M. Each of them crosses v P - 1 borders of ranks instead
-    of P - 1. With M < P each rank idles for another (v - 1) (P - M) forwards and
-    backwards. With v = 1 it is 1F1B.
+    The bubble is (P - 1) / (v M + P - 1), because stages of 1/v of the layers fill and
+    drain the pipeline v times faster. The price is v P - 1 transfers for each
+    micro-batch instead of P - 1, and memory: rank r keeps
+    min(v M, (v - 1) G + 2 (P - 1 - r) + 1) activations, where G is the size of the
+    largest group, P if P divides M. On rank 0, from M = 2 P on, these are v P + P - 1
+    of 1/v of the size: 1 + (P - 1) / (v P) times as much as 1F1B keeps there. With
+    M < P, which is one group, each rank idles for another (v - 1) (P - M) forwards and
+    backwards. With v = 1 this is 1F1B.
 
     Args:
         num_ranks: P >= 1.
@@ -149,21 +150,21 @@ def zero_bubble(
 
     Only I, the gradient of the input, is waited for; W can come at any later time.
 
-    `h1` is 1F1B with one stage on each rank, where stage s does W s micro-batches after
-    I. The bubble is (P - 1) / (3 M + P - 1), a third of the idle time of 1F1B, for
-    M >= P; with M < P each rank idles for another P - M forwards. Every rank keeps
-    min(P, M) activations, as many as rank 0 of 1F1B.
+    `h1` is 1F1B, one stage on each rank, where stage s does W s micro-batches after I.
+    The bubble is (P - 1) / (3 M + P - 1), a third of the idle time of 1F1B. Every rank
+    keeps min(P, M) activations, as many as rank 0 with 1F1B. With M < P each rank idles
+    for another P - M forwards.
 
-    `v` gives rank r the stages r and 2 P - 1 - r, so that a micro-batch goes down the
-    ranks and up again, and its backward starts where its forward did. The bubble is
-    (P - 1) / (6 M + P - 1): from M = 2 P - 1 on no rank waits between its first action
-    and its last. Rank r just starts r steps late, and an optimizer that needs no
-    word from all ranks can start early. Every rank keeps at most min(2 P, 2 M)
-    activations, each of half the size: the memory of 1F1B on rank 0, evenly.
-    With 2 M < 3 P - 1, each rank idles for another 3 P - 1 - 2 M forwards.
+    `v` gives rank r the stages r and 2 P - 1 - r: a micro-batch goes down the ranks and
+    up again, so its backward starts on the rank where its forward did. The bubble is
+    (P - 1) / (6 M + P - 1), and it is none inside: if M >= 2 P - 1, rank r starts r
+    steps late and then never waits, and it may start its next step early. Every rank
+    keeps min(2 P, 2 M) activations, or fewer if M < 2 P - 1, each of half the size: as
+    much as rank 0 with 1F1B. With 2 M < 3 P - 1 each rank idles for another
+    3 P - 1 - 2 M forwards.
 
-    Both are exact where F, I and W take equal time. An activation counts until its W,
-    although I has freed a part of it.
+    All this holds where F, I and W take equal time. An activation is counted until its
+    W, although I has freed a part of it.
 
     Args:
         num_ranks: P >= 1.
@@ -177,8 +178,8 @@ def zero_bubble(
         ValueError: If a number is smaller than 1, or for another variant.
 
     Reference:
-        Qi et al. 2024, Zero Bubble Pipeline Parallelism, arXiv:2401.10241 (ZB-H1), and
-        Pipeline Parallelism with Controllable Memory, arXiv:2405.15362 (ZB-V).
+        Qi et al. 2024, Zero Bubble Pipeline Parallelism, arXiv:2401.10241, sections 2
+        (ZB-H1) and 6 (ZB-V).
     """
     P, M = num_ranks, num_micro_batches
     _require_positive(num_ranks=P, num_micro_batches=M)

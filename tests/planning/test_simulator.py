@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from labpkg.planning.actions import Action, Schedule, parse
 from labpkg.planning.schedules import gpipe, interleaved, one_f_one_b, zero_bubble
 from labpkg.planning.simulator import Span, StageCost, Timeline, simulate
-from tests.planning.test_schedules import few, graph_of, made
+from tests.planning.orders import few, graph_of, made
 
 times = st.integers(0, 5)  # sums of integers are exact
 costs = st.builds(
