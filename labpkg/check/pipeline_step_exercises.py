@@ -37,10 +37,11 @@ def micro_batch_gradients(fn: Callable[..., Any]) -> CheckResult:
 
 
 def step_time(fn: Callable[..., Any]) -> CheckResult:
-    """Check `step_time(orders, forward_s, backward_s)`: when the last action ends.
+    """Check `step_time(orders, forward_s, backward_s, transfer_s)`: when a step ends.
 
     `orders[s]` is what stage s does, in order: texts such as `F3` and `B3`. An action
-    starts when its stage is free and what it needs is there; messages take no time.
+    starts when its stage is free and what it needs is there; a message arrives
+    `transfer_s` after the action that made it, and holds up nobody.
 
     Args:
         fn: your function; it returns seconds, infinity if stages wait for ever.
@@ -166,9 +167,12 @@ def _finish(
     orders: Orders,
     forward_s: float,
     backward_s: float,
+    transfer_s: float,
     *,
     waits: str = "FB",
     passes: float = math.inf,
+    loss_travels: bool = False,
+    sender_waits: bool = False,
 ) -> float:
     """Let stages go on as long as one can; `waits` are the kinds that need messages."""
     last, end = len(orders) - 1, dict[tuple[int, str], float]()
@@ -178,15 +182,18 @@ def _finish(
         for s, order in enumerate(orders):
             while places[s] < len(order):
                 action = order[places[s]]
-                needs = _needed(s, action, last)
-                if action[0] in waits and needs is not None and needs not in end:
-                    break
-                ready = 0.0
-                if needs is not None and action[0] in waits:
-                    ready = end[needs]
-                duration = forward_s if action[0] == "F" else backward_s
-                clocks[s] = max(clocks[s], ready) + duration
+                needs = _needed(s, action, last) if action[0] in waits else None
+                if needs is not None:
+                    if needs not in end:
+                        break
+                    is_message = needs[0] != s or loss_travels
+                    ready = end[needs] + transfer_s * is_message
+                    clocks[s] = max(clocks[s], ready)
+                clocks[s] += forward_s if action[0] == "F" else backward_s
                 end[s, action] = clocks[s]
+                after = s + 1 if action[0] == "F" else s - 1
+                if sender_waits and 0 <= after <= last:
+                    clocks[s] += transfer_s
                 places[s] += 1
                 moved = True
     stuck = any(at < len(order) for at, order in zip(places, orders, strict=True))
@@ -199,24 +206,24 @@ def _needed(stage: int, action: str, last: int) -> tuple[int, str] | None:
     return (stage + 1, action) if stage < last else (last, "F" + action[1:])
 
 
-def _never_stuck(orders: Orders, forward_s: float, backward_s: float) -> float:
-    time_s = _finish(orders, forward_s, backward_s)
+def _never_stuck(*case: Any) -> float:
+    time_s = _finish(*case)
     return 0.0 if time_s == math.inf else time_s
 
 
-def _all_work(orders: Orders, forward_s: float, backward_s: float) -> float:
+def _all_work(
+    orders: Orders, forward_s: float, backward_s: float, transfer_s: float
+) -> float:
     time_s = {"F": forward_s, "B": backward_s}
     return sum(time_s[action[0]] for order in orders for action in order)
 
 
-def _one_stage(orders: Orders, forward_s: float, backward_s: float) -> float:
-    return _all_work(orders, forward_s, backward_s) / len(orders)
+def _one_stage(orders: Orders, *times: float) -> float:
+    return _all_work(orders, *times) / len(orders)
 
 
-def _ideal(orders: Orders, forward_s: float, backward_s: float) -> float:
-    """Use the formula of GPipe, whatever the orders are."""
-    M = len(orders[0]) // 2
-    return (M + len(orders) - 1) * (forward_s + backward_s)
+def _at_once(orders: Orders, forward_s: float, backward_s: float, _: float) -> float:
+    return _finish(orders, forward_s, backward_s, 0.0)
 
 
 def _words(*lines: str) -> list[list[str]]:
@@ -224,35 +231,41 @@ def _words(*lines: str) -> list[list[str]]:
 
 
 _GPIPE = "F0 F1 F2 B0 B1 B2"
-_CASES: list[tuple[Any, ...]] = [
-    (_words(_GPIPE, _GPIPE), 1.0, 2.0),
-    (_words("F0 B0"), 1.0, 2.0),
-    (_words("F0 F1 B0 F2 B1 B2", "F0 B0 F1 B1 F2 B2"), 1.0, 2.0),
-    (_words("F0 B0 F1 B1", "F0 B0 F1 B1", "F0 B0 F1 B1"), 1.0, 2.0),
-    (_words("F0 F1 B1 B0", "F0 F1 B1 B0"), 0.5, 3.0),
-    (_words("F0 F1 B0 B1", "F1 F0 B0 B1"), 1.0, 1.0),
-    (_words("F0 B0 F1 B1", "F1 F0 B1 B0"), 1.0, 2.0),
-    (_words("F0 F1 B0 B1", "B0 F0 F1 B1"), 1.0, 2.0),
-    (_words(_GPIPE, _GPIPE, _GPIPE, _GPIPE), 0.25, 0.5),
-]
+_BY_TURNS = "F0 B0 F1 B1"
 
 _STEP_TIME = Exercise(
     name="step_time",
-    arguments=("orders", "forward_s", "backward_s"),
+    arguments=("orders", "forward_s", "backward_s", "transfer_s"),
     reference=_finish,
-    cases=_CASES,
+    cases=[
+        (_words(_GPIPE, _GPIPE), 1.0, 2.0, 0.25),
+        (_words("F0 B0"), 1.0, 2.0, 0.25),
+        (_words("F0 F1 B0 F2 B1 B2", "F0 B0 F1 B1 F2 B2"), 1.0, 2.0, 0.0),
+        (_words(_BY_TURNS, _BY_TURNS, _BY_TURNS), 1.0, 2.0, 0.5),
+        (_words("F0 F1 B1 B0", "F0 F1 B1 B0"), 0.5, 3.0, 4.0),
+        (_words("F0 F1 B0 B1", "F1 F0 B0 B1"), 1.0, 1.0, 0.125),
+        (_words(_BY_TURNS, "F1 F0 B1 B0"), 1.0, 2.0, 0.25),
+        (_words("F0 F1 B0 B1", "B0 F0 F1 B1"), 1.0, 2.0, 0.25),
+        (_words(_GPIPE, _GPIPE, _GPIPE, _GPIPE), 0.25, 0.5, 0.125),
+    ],
     mistakes={
         "a stage that waits must be looked at again: go over all stages until nobody "
-        "moves": lambda orders, f, b: _finish(orders, f, b, passes=1),
-        "forward needs the activations of the stage before": lambda orders, f, b: (
-            _finish(orders, f, b, waits="B")
+        "moves": lambda *case: _finish(*case, passes=1),
+        "forward needs the activations of the stage before": lambda *case: _finish(
+            *case, waits="B"
         ),
         "backward needs a gradient, from the stage after or from the loss": (
-            lambda orders, f, b: _finish(orders, f, b, waits="F")
+            lambda *case: _finish(*case, waits="F")
+        ),
+        "a message is on its way for transfer_s": _at_once,
+        "the last stage has its own loss: that is no message": lambda *case: _finish(
+            *case, loss_travels=True
+        ),
+        "a message holds up nobody: its sender goes on at once": lambda *case: _finish(
+            *case, sender_waits=True
         ),
         "stages work at the same time: take the latest end, not the sum": _all_work,
         "this is the work of one stage; it also waits": _one_stage,
-        "this is right for GPipe in order; here the orders decide": _ideal,
         "stages that wait for ever end at infinity": _never_stuck,
     },
     hint="while somebody can go on: an action starts at the later of two times, when "

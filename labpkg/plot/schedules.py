@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _PHASES: Mapping[str, tuple[str, str]] = {
     "F": ("forward", COLORS["forward"]),
     "B": ("backward", COLORS["backward"]),
-    "I": ("backward: input", COLORS["backward"]),
-    "W": ("backward: weights", COLORS["tp"]),
+    "I": ("input gradient I", COLORS["backward"]),
+    "W": ("weight gradient W", COLORS["tp"]),
 }
 _UNIT_COST = StageCost()  # F = I = W = 1, B = 2
 _INCHES_PER_DIGIT = 0.075
@@ -84,12 +84,14 @@ def pipeline(
         )
     scale = 1000.0 if unit == "ms" else 1.0
     end = max(own[-1].end_s for own in ranks)
+    compared = predicted.spans if predicted else ()
+    latest = max(own[-1].end_s for own in (*ranks, *compared))
     with style():
         ax = axes_or_new(ax, height=max(2.2, 0.6 + 0.34 * len(ranks)))
-        _prepare(ax, len(ranks), end * scale)
+        _prepare(ax, len(ranks), latest * scale)
         for rank, own in enumerate(ranks):
             _draw_boxes(ax, rank, own, until=end * scale, scale=scale)
-        for rank, own in enumerate(predicted.spans if predicted else ()):
+        for rank, own in enumerate(compared):
             _draw_outlines(ax, rank, own, scale)
         ax.set_xlabel(f"time ({unit})" if unit in ("s", "ms") else unit)
         _add_legend(ax, ranks, is_compared=predicted is not None)
@@ -197,17 +199,29 @@ def _draw_box(
 def _add_legend(
     ax: Axes, ranks: Sequence[Sequence[Span]], *, is_compared: bool
 ) -> None:
+    """Explain the colours, together with those of the other axes of the figure."""
     from matplotlib.patches import Patch
 
-    if ax.figure.legends:
-        return  # of other axes of the same figure
     kinds = {span.action.kind for own in ranks for span in own}
     patches = [Patch(color=c, label=n) for k, (n, c) in _PHASES.items() if k in kinds]
     patches.append(Patch(color=COLORS["idle"], label="idle"))
     if is_compared:
-        look = {"fill": False, "edgecolor": "black", "linestyle": "--"}
-        patches.append(Patch(label="predicted", **look))
-    ax.figure.legend(handles=patches, loc="outside upper center", ncols=len(patches))
+        patches.append(Patch(label="predicted", fill=False, edgecolor="black", ls="--"))
+    for old in ax.figure.legends:
+        patches += old.get_patches()
+        old.remove()
+    order = [*(name for name, _ in _PHASES.values()), "idle", "predicted"]
+    by_name = {str(patch.get_label()): patch for patch in patches}
+    ax.figure.legend(
+        handles=sorted(
+            by_name.values(), key=lambda it: order.index(str(it.get_label()))
+        ),
+        loc="outside upper center",
+        ncols=len(by_name),
+        fontsize=9,
+        handlelength=1.4,
+        columnspacing=1.2,
+    )
 
 
 def _draw_moment(schedule: Schedule, timeline: Timeline, now: float, ax: Axes) -> None:

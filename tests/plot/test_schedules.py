@@ -70,7 +70,7 @@ def test_halves_of_backward_and_later_stages_have_their_own_colours(ax):
     plot.schedule(schedule, ax=ax)
     found = {to_hex(bar.get_facecolor()) for bar in ax.patches}
     assert len(found) == 3 * 2 + 1  # F, I and W of two stages, and idle time
-    assert legend(ax) == ["forward", "backward: input", "backward: weights", "idle"]
+    assert legend(ax) == ["forward", "input gradient I", "weight gradient W", "idle"]
     other = Figure().subplots()
     plot.schedule(interleaved(2, 4, num_virtual_stages=3), ax=other)
     assert len({to_hex(bar.get_facecolor()) for bar in other.patches}) == 2 * 3 + 1
@@ -104,19 +104,26 @@ def test_a_prediction_for_other_ranks_is_refused():
         plot.pipeline(two, predicted=three)
 
 
-def test_a_new_figure_has_the_size_of_the_book_and_one_legend():
+def test_a_new_figure_has_the_size_of_the_book():
     from matplotlib import pyplot as plt
 
     sizes = [
         plot.schedule(gpipe(P, 2)).figure.get_size_inches().tolist() for P in (2, 16)
     ]
-    figure, axes = plt.subplots(2)
-    for ax in axes:
-        plot.pipeline(simulate(gpipe(2, 2)), ax=ax)
     plt.close("all")
     assert sizes[0] == [6.4, 2.2]
     assert sizes[1][1] > 5
+
+
+def test_a_figure_has_one_legend_for_all_its_axes():
+    figure = Figure()
+    for ax, schedule in zip(
+        figure.subplots(2), (zero_bubble(2, 2), gpipe(2, 2)), strict=True
+    ):
+        plot.schedule(schedule, ax=ax)
     assert len(figure.legends) == 1
+    names = ["forward", "backward", "input gradient I", "weight gradient W", "idle"]
+    assert legend(ax) == names
 
 
 # ---- the player --------------------------------------------------------------------
