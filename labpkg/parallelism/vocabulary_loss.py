@@ -114,7 +114,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         logits, index, elsewhere, log_total = ctx.saved_tensors
         gradient = logits.to(log_total.dtype) - log_total.unsqueeze(-1)
         gradient.exp_()  # this rank's part of softmax
-        hit = torch.where(elsewhere, 0.0, ctx.smoothing - 1).to(gradient.dtype)
+        hit = torch.full_like(log_total, ctx.smoothing - 1).masked_fill_(elsewhere, 0)
         gradient.scatter_add_(-1, index, hit.unsqueeze(-1))
         if ctx.smoothing:
             gradient -= ctx.smoothing / ctx.num_classes
