@@ -39,16 +39,22 @@ def with_a_child(name, guilty, by_gloo=False):
     return commit(name, guilty, by_gloo=by_gloo)
 
 
+@pytest.fixture(scope="module")
+def idle(world4):
+    """The fork server and what is open when nothing runs; the server is warm then."""
+    world4.run(dist.get_rank)
+    seen = [time.sleep(0.05) or open_files() for _ in range(20)]  # it closes some late
+    return ForkServer.get().pid, tuple(map(min, zip(*seen, strict=True)))
+
+
 @pytest.fixture(autouse=True)
-def leave_no_process(world4, monkeypatch):
+def leave_no_process(idle, monkeypatch):
     """Whatever inherits this variable must be gone at the end of the test."""
-    world4.run(dist.get_rank)  # the limits below hold for a warm fork server
+    server_pid, before = idle
     token = f"LABPKG_TEST_{os.getpid()}"
-    servers = {ForkServer.get().pid}
     monkeypatch.setenv(token, "1")
-    before = open_files()
     yield
-    servers |= {ForkServer.get().pid}
+    servers = {server_pid, ForkServer.get().pid}
     deadline = time.monotonic() + 2
     while left := [pid for pid in started_with(token) if pid not in servers]:
         assert time.monotonic() < deadline, [psutil.Process(p).cmdline() for p in left]
