@@ -129,8 +129,8 @@ def start_times(
     while ready:
         rank = ready.pop()
         actions, own, now = ranks[rank], starts[rank], free_at[rank]
-        while len(own) < len(actions):
-            stage, kind, micro_batch = actions[len(own)]
+        for step in range(len(own), len(actions)):
+            stage, kind, micro_batch = actions[step]
             if kind == "W":
                 own.append(now)
                 now += durations[kind][stage]
