@@ -231,8 +231,8 @@ def _whole_state(
     )
     for name, whole in shown_ones:
         state[name] = copied(whole, device) if keeps else None
-    # Versions of the modules, which `load_state_dict` reads.
-    vars(state)["_metadata"] = getattr(held, "_metadata", None)
+    if hasattr(held, "_metadata"):  # versions, for models that change
+        vars(state)["_metadata"] = vars(held)["_metadata"]
     return state
 
 
