@@ -316,7 +316,7 @@ class ColumnLinear(torch.autograd.Function):
         if needs_weight and ctx.is_sequence:
             gathering = _start_join(x, mesh, SEQUENCE_DIM)
         if needs_x:
-            dx = rows.mm(weight).view(*grad.shape[:-1], -1)  # (B, T, in): one term
+            dx = rows.mm(weight).view(*grad.shape[:-1], weight.shape[1])  # one term
             if ctx.is_sequence:
                 pending = _start_sum_slice(dx, mesh, SEQUENCE_DIM)
             elif ctx.enters:
@@ -364,7 +364,9 @@ class RowLinear(torch.autograd.Function):
         if ctx.is_sequence:  # of all positions: the bias has its whole gradient, too
             grad = _join(grad, ctx.mesh, SEQUENCE_DIM)
         rows = grad.reshape(-1, grad.shape[-1])  # (B T, out)
-        dx = rows.mm(weight).view(*grad.shape[:-1], -1) if needs_x else None
+        dx = (
+            rows.mm(weight).view(*grad.shape[:-1], weight.shape[1]) if needs_x else None
+        )
         dw = rows.t().mm(x.reshape(-1, x.shape[-1])) if needs_weight else None
         db = rows.sum(0) if needs_bias else None
         return dx, dw, db, None, None
