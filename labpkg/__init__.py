@@ -26,6 +26,20 @@ _EXPORTS = {
     "crossover_bytes": "planning.communication",
     "hierarchical_all_reduce_time": "planning.communication",
     "level_between": "planning.communication",
+    "Action": "planning.actions",
+    "Schedule": "planning.actions",
+    "Message": "planning.actions",
+    "gpipe": "planning.schedules",
+    "one_f_one_b": "planning.schedules",
+    "interleaved": "planning.schedules",
+    "zero_bubble": "planning.schedules",
+    "StageCost": "planning.simulator",
+    "Timeline": "planning.simulator",
+    "simulate": "planning.simulator",
+    "Span": "planning.simulator",
+    "tensor_parallel_bytes": "planning.model_parallel",
+    "pipeline_bytes": "planning.model_parallel",
+    "gpt_layer_cuts": "planning.model_parallel",
     "cross_entropy": "foundations.losses",
     "SGD": "foundations.optimizers",
     "AdamW": "foundations.optimizers",
@@ -70,6 +84,10 @@ _EXPORTS = {
     "count_comms": "processes.traffic",
     "check_replicas": "processes.replicas",
     "average_parameters": "processes.replicas",
+    "ColumnParallelLinear": "processes.parallel_layers",
+    "RowParallelLinear": "processes.parallel_layers",
+    "VocabParallelEmbedding": "processes.parallel_layers",
+    "split_stages": "processes.stages",
     "DataParallel": "parallelism.data_parallel",
     "average_gradients": "parallelism.data_parallel",
     "average_gradients_bucketed": "parallelism.data_parallel",
@@ -81,6 +99,11 @@ _EXPORTS = {
     "full_state_dict": "parallelism.whole",
     "load_full_state_dict": "parallelism.whole",
     "param_groups": "parallelism.whole",
+    "consolidate": "parallelism.whole",
+    "apply_tensor_parallel": "parallelism.tensor_parallel",
+    "gpt_tensor_parallel_plan": "parallelism.tensor_parallel",
+    "vocab_parallel_cross_entropy": "parallelism.vocabulary_loss",
+    "Pipeline": "parallelism.pipeline",
     "Trainer": "runs.trainer",
     "TrainConfig": "runs.config",
     "TrainResult": "runs.trainer",
@@ -128,11 +151,25 @@ if TYPE_CHECKING:
     )
     from labpkg.parallelism.data_parallel import mean_weight as mean_weight
     from labpkg.parallelism.fsdp import fully_shard as fully_shard
+    from labpkg.parallelism.pipeline import Pipeline as Pipeline
+    from labpkg.parallelism.tensor_parallel import (
+        apply_tensor_parallel as apply_tensor_parallel,
+    )
+    from labpkg.parallelism.tensor_parallel import (
+        gpt_tensor_parallel_plan as gpt_tensor_parallel_plan,
+    )
+    from labpkg.parallelism.vocabulary_loss import (
+        vocab_parallel_cross_entropy as vocab_parallel_cross_entropy,
+    )
+    from labpkg.parallelism.whole import consolidate as consolidate
     from labpkg.parallelism.whole import full_gradients as full_gradients
     from labpkg.parallelism.whole import full_state_dict as full_state_dict
     from labpkg.parallelism.whole import load_full_state_dict as load_full_state_dict
     from labpkg.parallelism.whole import param_groups as param_groups
     from labpkg.parallelism.zero import ZeroOptimizer as ZeroOptimizer
+    from labpkg.planning.actions import Action as Action
+    from labpkg.planning.actions import Message as Message
+    from labpkg.planning.actions import Schedule as Schedule
     from labpkg.planning.communication import AlphaBeta as AlphaBeta
     from labpkg.planning.communication import Level as Level
     from labpkg.planning.communication import all_reduce_time as all_reduce_time
@@ -149,7 +186,20 @@ if TYPE_CHECKING:
     from labpkg.planning.cost import model_state_bytes as model_state_bytes
     from labpkg.planning.cost import wire_bytes as wire_bytes
     from labpkg.planning.cost import zero_bytes as zero_bytes
+    from labpkg.planning.model_parallel import gpt_layer_cuts as gpt_layer_cuts
+    from labpkg.planning.model_parallel import pipeline_bytes as pipeline_bytes
+    from labpkg.planning.model_parallel import (
+        tensor_parallel_bytes as tensor_parallel_bytes,
+    )
+    from labpkg.planning.schedules import gpipe as gpipe
+    from labpkg.planning.schedules import interleaved as interleaved
+    from labpkg.planning.schedules import one_f_one_b as one_f_one_b
+    from labpkg.planning.schedules import zero_bubble as zero_bubble
     from labpkg.planning.shapes import ModelShape as ModelShape
+    from labpkg.planning.simulator import Span as Span
+    from labpkg.planning.simulator import StageCost as StageCost
+    from labpkg.planning.simulator import Timeline as Timeline
+    from labpkg.planning.simulator import simulate as simulate
     from labpkg.processes.algorithms import (
         recursive_doubling_all_reduce as recursive_doubling_all_reduce,
     )
@@ -167,8 +217,16 @@ if TYPE_CHECKING:
     from labpkg.processes.messages import recv as recv
     from labpkg.processes.messages import send as send
     from labpkg.processes.messages import sendrecv as sendrecv
+    from labpkg.processes.parallel_layers import (
+        ColumnParallelLinear as ColumnParallelLinear,
+    )
+    from labpkg.processes.parallel_layers import RowParallelLinear as RowParallelLinear
+    from labpkg.processes.parallel_layers import (
+        VocabParallelEmbedding as VocabParallelEmbedding,
+    )
     from labpkg.processes.replicas import average_parameters as average_parameters
     from labpkg.processes.replicas import check_replicas as check_replicas
+    from labpkg.processes.stages import split_stages as split_stages
     from labpkg.processes.traffic import count_comms as count_comms
     from labpkg.processes.world import RankError as RankError
     from labpkg.processes.world import World as World
