@@ -176,11 +176,12 @@ def _check_objects(modules: list[nn.Module]) -> None:
 
 def _check_cut(stages: Mapping[int, StageInfo]) -> None:
     parts = {stage: info.part for stage, info in stages.items()}
-    end = 0
+    end, num_units = 0, (parts[0] or (0, 0, 0))[2]
     for stage, part in parts.items():
         if part is None:
             return
-        if part[0] != end or (stage == len(parts) - 1 and part[1] != part[2]):
+        end_here = part[2] if stage == len(parts) - 1 else part[1]
+        if (part[0], part[1], part[2]) != (end, end_here, num_units):
             raise ValueError(
                 f"stage {stage} holds the units {part[0]} to {part[1] - 1} of "
                 f"{part[2]}, but the stage before ends with unit {end - 1}; pass stage "
