@@ -34,8 +34,8 @@ def compute_bound_width(fn: Callable[..., Any]) -> CheckResult:
 def feed_forward(fn: Callable[..., Any]) -> CheckResult:
     """Check `feed_forward(x, ups, up_biases, downs, down_bias)`: cut, with biases.
 
-    relu(x A + a) B + b, where rank r holds a slice of the columns of A and of a, and of
-    the rows of B.
+    relu(x U + u) W + w, where rank r holds a slice of the columns of U and of u, and of
+    the rows of W.
 
     Shape:
         x (B, D), ups n x (D, F/n), up_biases n x (F/n,), downs n x (F/n, D),

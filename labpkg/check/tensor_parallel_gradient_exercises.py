@@ -38,8 +38,8 @@ def vocabulary_loss(fn: Callable[..., Any]) -> CheckResult:
 def sequence_gradients(fn: Callable[..., Any]) -> CheckResult:
     """Check `sequence_gradients(xs, gain, ups, downs, grads)`: backward of one layer.
 
-    The layer is y = relu((x * gain) A) B. Tokens of x and y are divided over the ranks,
-    as are the columns of A and the rows of B; every rank holds the gain. The answer is
+    The layer is y = relu((x * gain) U) W. Tokens of x and y are divided over the ranks,
+    as are the columns of U and the rows of W; every rank holds the gain. The answer is
     what each rank has to hold: the gradients of its xs, of its copy of the gain, of its
     columns and of its rows.
 
