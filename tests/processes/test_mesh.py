@@ -45,32 +45,31 @@ def test_one_process_needs_no_launcher(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 1\n", "")
 
 
-def torchrun(num_ranks, script):
-    """Run a script under torchrun, which must succeed; return what it printed."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+def test_under_torchrun_groups_have_a_limit_and_close_quietly(tmp_path):
+    """The engine is alive at exit: the order of destruction must not hang."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, torch, torch.distributed as dist, labpkg as lab\n"
+        "mesh = lab.make_mesh(dp=2)\n"
+        "groups = [dist.group.WORLD] + [mesh[a].get_group() for a in ('dp', 'tp')]\n"
+        "limits = [g._get_backend(torch.device('cpu')).options._timeout\n"
+        "          for g in groups]\n"
+        "model = lab.DataParallel(torch.nn.Linear(4, 2), mesh['dp'])\n"
+        "model(torch.ones(1, 4)).sum().backward()\n"
+        "found = [model.module.weight.grad.sum().item()]\n"
+        "found += [t.total_seconds() for t in limits]\n"
+        # one write: two ranks share the pipe
+        "sys.stdout.write(' '.join(map(str, found)) + '\\n')\n"
+    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, *command, str(num_ranks), str(script)],
+        [sys.executable, *command, str(script)],
         capture_output=True,
         text=True,
         timeout=90,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_torchrun_ranks_close_their_group_quietly(tmp_path):
-    """The engine is alive at exit: the order of destruction must not hang."""
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import sys, torch, labpkg as lab\n"
-        "mesh = lab.make_mesh(dp=2)\n"
-        "model = lab.DataParallel(torch.nn.Linear(4, 2), mesh['dp'])\n"
-        "model(torch.ones(1, 4)).sum().backward()\n"
-        # one write: two ranks share the pipe
-        "sys.stdout.write(f'grad {model.module.weight.grad.sum().item()}\\n')\n"
-    )
-    output = torchrun(2, script)
-    assert output.count("grad 8.0") == 2
+    assert done.stdout.splitlines() == ["8.0 60.0 60.0 60.0"] * 2
 
 
 @pytest.mark.parametrize(
@@ -147,16 +146,3 @@ def test_ranks_per_machine_come_from_the_launcher(monkeypatch, environment, num_
             mesh_module._local_world_size(None)
     else:
         assert mesh_module._local_world_size(None) == num_local
-
-
-def test_groups_of_a_mesh_give_up_after_a_minute(tmp_path):
-    script = tmp_path / "timeouts.py"
-    script.write_text(
-        "import sys, torch.distributed as dist, labpkg as lab\n"
-        "mesh = lab.make_mesh(dp=2, tp=2)\n"
-        "found = [g._get_backend(dist.torch.device('cpu')).options._timeout\n"
-        "         for g in (dist.group.WORLD, mesh['dp'].get_group())]\n"
-        "sys.stdout.write(' '.join(str(t.total_seconds()) for t in found) + '\\n')\n"
-    )
-    output = torchrun(4, script)
-    assert output.splitlines() == ["60.0 60.0"] * 4
