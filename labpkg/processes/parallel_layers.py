@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,11 @@ class Layout:
     def __deepcopy__(self, memo: dict) -> Self:
         return self  # a copied layer lies on the same axis
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()  # a layer that was saved lies on none
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a layer that is cut over ranks is no object to save; save what "
+            "full_state_dict(model) returns"
+        )
 
 
 def block_lengths(
@@ -117,8 +120,7 @@ class ParallelLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.layout is not None:  # torch copies a parameter without its marks
-            self._mark()
+        self._mark()  # torch copies a parameter without its marks
 
     def extra_repr(self) -> str:
         """Show the whole sizes and the number of slices."""

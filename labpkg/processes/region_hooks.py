@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,11 @@ class _Hook:
     def __deepcopy__(self, memo: dict) -> Self:
         return self
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()  # a model that was saved lies on no mesh
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a model that is cut over ranks is no object to save; save what "
+            "full_state_dict(model) returns"
+        )
 
 
 class Border(_Hook):

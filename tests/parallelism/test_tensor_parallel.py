@@ -1,6 +1,7 @@
 """`apply_tensor_parallel` against one process; ranks start from different seeds."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -256,30 +257,30 @@ def train(case: Case, is_off: bool = False):
         return max(deviations), is_equal_on_all_ranks(model, mesh)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_gpt_trains_as_in_one_process(world4, name):
-    for deviation, is_equal in world4.run(train, CASES[name]):
-        assert deviation < TOLERANCE
-        assert is_equal
+def train_all(cases: dict[str, Case], is_off: bool = False):
+    return {name: train(case, is_off) for name, case in cases.items()}
 
 
-@pytest.mark.parametrize("name", GROUPED)
-def test_grouped_heads_train_as_in_one_process(world2, name):
-    for deviation, is_equal in world2.run(train, GROUPED[name]):
-        assert deviation < TOLERANCE
-        assert is_equal
+def test_models_train_as_in_one_process(world2, world4):
+    for ranks in (world4.run(train_all, CASES), world2.run(train_all, GROUPED)):
+        for results in ranks:
+            for name, (deviation, is_equal) in results.items():
+                assert deviation < TOLERANCE, name
+                assert is_equal, name
 
 
 def test_one_rank_runs_the_same_lines():
+    names = "gpt, sequence, parallel loss", "llama, regions"
     with lab.World(1, device="cpu") as world:
-        for case in (CASES["gpt, sequence, parallel loss"], GROUPED["llama, regions"]):
-            assert world.run(train, case)[0][0] < TOLERANCE
+        cases = {name: (CASES | GROUPED)[name] for name in names}
+        results = world.run(train_all, cases)[0]
+    assert max(deviation for deviation, _ in results.values()) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["gpt", "gpt, sequence, parallel loss"])
-def test_without_communication_it_deviates(world2, name):
-    for deviation, _ in world2.run(train, CASES[name], is_off=True):
-        assert deviation > 1e-3
+def test_without_communication_everything_deviates(world2):
+    for results in world2.run(train_all, CASES | GROUPED, is_off=True):
+        for name, (deviation, _) in results.items():
+            assert deviation > 1e-3, name
 
 
 def test_without_the_sum_the_gradients_of_norms_are_parts(world2):
@@ -382,8 +383,7 @@ def test_recomputation_repeats_everything(world2):
             gradients.append([p.grad.clone() for p in model.parameters()])
         return all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
-    assert world2.run(run, False) == [True, True]
-    assert world2.run(run, True) == [True, True]
+    assert world2.run(lambda: run(False) and run(True)) == [True, True]
 
 
 # ---- what people do with models ----------------------------------------------------
@@ -398,8 +398,24 @@ def test_a_copy_is_parallel_too(world2):
         lab.cross_entropy(reference(tokens), targets).backward()
         return difference(model, reference, gradients=True)
 
-    for name in ("gpt", "gpt, sequence, parallel loss"):
-        assert max(world2.run(run, name)) < TOLERANCE
+    def both():
+        return max(run("gpt"), run("gpt, sequence, parallel loss"))
+
+    assert max(world2.run(both)) < TOLERANCE
+
+
+def test_a_parallel_model_is_not_pickled(world2):
+    def run():
+        for name in ("gpt", "gpt, sequence"):
+            _, _, model = start(CASES[name])
+            with pytest.raises(TypeError, match="full_state_dict"):
+                pickle.dumps(model)
+        mesh = lab.make_mesh(tp=2)["tp"]
+        noisy = apply_tensor_parallel(nn.Dropout(), mesh, {"": "dropout"})
+        with pytest.raises(TypeError, match="full_state_dict"):
+            pickle.dumps(noisy)
+
+    world2.run(run)
 
 
 def test_frozen_layers_stay_frozen_and_may_thaw(world2):
@@ -427,8 +443,7 @@ def test_frozen_layers_stay_frozen_and_may_thaw(world2):
                     found.append((whole(p, p.grad) - q.grad).abs().max().item())
         return max(found)
 
-    for sequence in (False, True):
-        assert max(world2.run(run, sequence)) < TOLERANCE
+    assert max(world2.run(lambda: max(run(False), run(True)))) < TOLERANCE
 
 
 def test_an_optimizer_made_before_trains_the_slices(world2):
@@ -538,8 +553,7 @@ def test_autocast(world2):
         scale = max(q.grad.abs().max().item() for q in reference.parameters())
         return difference(model, reference, gradients=True) / scale
 
-    for sequence in (False, True):
-        assert max(world2.run(run, sequence)) < 0.05
+    assert max(world2.run(lambda: max(run(False), run(True)))) < 0.05
 
 
 # ---- bad input ---------------------------------------------------------------------
