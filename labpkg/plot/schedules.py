@@ -119,7 +119,7 @@ def schedule_player(
         ValueError: If there is no alternative text.
     """
     timeline = simulate(schedule, cost)
-    times = {0.0} | {span.end_s for own in timeline.spans for span in own}
+    times = {span.end_s for own in timeline.spans for span in own}
     return player(
         partial(_draw_moment, schedule, timeline),
         sorted(times),

@@ -133,8 +133,8 @@ def test_the_player_stops_at_each_event():
     shown = plot.schedule_player(one_f_one_b(2, 2), alt="Two ranks")
     found = re.search(r"labels = (\[.*?\]);", shown.page)
     assert found is not None
-    assert json.loads(found[1]) == [f"t = {time}" for time in (0, 1, 2, 4, 5, 6, 7, 9)]
-    assert shown.num_frames == 8
+    assert json.loads(found[1]) == [f"t = {time}" for time in (1, 2, 4, 5, 6, 7, 9)]
+    assert shown.num_frames == 7
     with pytest.raises(ValueError, match="say in a sentence"):
         plot.schedule_player(gpipe(2, 2), alt="")
 
