@@ -165,7 +165,8 @@ def shown(
             if src == mesh.get_local_rank():
                 found, tensor = next(own)
                 assert found == key, "a rank shows what it has announced"
-                tensor = tensor.detach().contiguous()
+                # Some state stays on the CPU, which not every backend sends.
+                tensor = tensor.detach().to(mesh.device_type).contiguous()
             else:
                 tensor = torch.zeros(shape, dtype=dtype, device=mesh.device_type)
             broadcast_(tensor, mesh, src=src).wait()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import labpkg as lab
 from labpkg.parallelism.clipping import clip_grad_norm
@@ -170,3 +171,41 @@ def test_two_ranks_then_one_then_four(world2, world4, engine):
         alone = {engine: ONE[engine]}
         states = check(world1.run(go_on, alone, states, 4), states, 4)[engine]
     check(world4.run(go_on, FOUR[engine], states, 6), states, 6)
+
+
+def layers():
+    """Four stages on four ranks; two have no parameters."""
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2, bias=False), nn.Tanh()
+    return nn.Sequential(*layers).double()
+
+
+def square(outputs, targets):
+    return (outputs - targets).square().mean()
+
+
+def clip_and_learn(is_alone):
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+    y, model = x[:, :2].sin(), layers()
+    if not is_alone:
+        mesh = lab.make_mesh(pp=4)["pp"]
+        stage = split_stages(model, 4)[mesh.get_local_rank()]
+        model = Pipeline(stage, one_f_one_b(4, 2), mesh, loss_fn=square)
+    optimizer = lab.AdamW(param_groups(model, weight_decay=0.1), lr=0.1)
+    norms = []
+    for _ in range(3):
+        if isinstance(model, Pipeline):
+            model.step(x, y)
+        else:
+            square(model(x), y).backward()
+        norms.append(clip_grad_norm(model, 0.1).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms, full_state_dict(model), full_state_dict(optimizer)
+
+
+def test_stages_without_parameters_take_part(world4):
+    norms, *states = clip_and_learn(is_alone=True)
+    for found, *others in world4.run(clip_and_learn, is_alone=False):
+        assert found == pytest.approx(norms, rel=1e-12)
+        assert_same(others, states, rtol=1e-12, atol=1e-14)
