@@ -13,7 +13,7 @@ Narayanan et al. 2021, arXiv:2104.04473; Qi et al. 2024, arXiv:2401.10241.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,11 +26,11 @@ from labpkg.processes.clock import Clock
 from labpkg.processes.cuts import Place, mark_place
 from labpkg.processes.in_place import all_reduce_, broadcast_
 from labpkg.processes.mail import Mailbox, OrderedMailbox
-from labpkg.processes.negotiation import StageInfo, introduce, negotiate
+from labpkg.processes.negotiation import StageInfo, inner, introduce, negotiate
 from labpkg.processes.ties import Ties
 from labpkg.processes.traffic import axis_of
 from labpkg.processes.transport import orders_messages
-from labpkg.processes.walk import Plan, Walk, plan_of
+from labpkg.processes.walk import Plan, Reducer, Walk, plan_of
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -41,8 +41,11 @@ class Pipeline(nn.Module):
     Every rank makes the same calls with the same batch: `step` accumulates gradients,
     `evaluate` returns the loss, calling the pipeline returns the output. A parameter
     that several ranks hold, as tied embeddings are, starts equal and gets the sum of
-    the gradients of all copies, bitwise the same. A stage may be a `DataParallel`; it
-    then reduces once per step. Freeze parameters before.
+    the gradients of all copies, bitwise the same. Freeze parameters before.
+
+    A stage may be a `DataParallel`, which then reduces once per step. Stages of one
+    rank that share a parameter take one around all, `DataParallel(nn.ModuleList(own),
+    mesh["dp"])`, which broadcasts no buffers.
 
     The names of parameters are those of the model that `split_stages` cut. Stages of
     another origin whose names clash get `stages.<number>.` before them.
@@ -79,10 +82,7 @@ class Pipeline(nn.Module):
         record: bool = False,
     ) -> None:
         super().__init__()
-        is_one = isinstance(modules, nn.Module) and not isinstance(
-            modules, nn.ModuleList
-        )
-        self.stages = nn.ModuleList([modules] if is_one else modules)  # pyright: ignore
+        self.stages = nn.ModuleList(_stages(modules))
         self.mesh, self.schedule, self.loss_fn = mesh, schedule, loss_fn
         self.recompute, self.record = recompute, record
         self._axis = axis_of(mesh)
@@ -91,9 +91,11 @@ class Pipeline(nn.Module):
         self._modules_of = dict(zip(own, self.stages, strict=True))
         self._prefixes, numbers = _names(infos)
         self._trains = [info.trains for info in infos.values()]
+        # Engines hold their parameters weakly, so something must hold the engines.
+        self._engines = _engines(modules, self._modules_of)
         self._ties = Ties(self._modules_of, numbers, schedule.rank_of, mesh)
         mark_place(self, Place(mesh))
-        self._plans: dict[tuple, Plan] = {}
+        self._plans: dict[tuple, list[Plan]] = {}
         self._timeline: Timeline | None = None
         self._device = torch.device(mesh.device_type)
         if mesh.device_type == "cuda":
@@ -201,6 +203,11 @@ class Pipeline(nn.Module):
             mail,
             xs,
             finish,
+            reducers=[
+                Reducer(engine.no_sync, stages)
+                for engine, stages in self._engines
+                if torch.is_grad_enabled()
+            ],
             recompute=self.recompute,
             clock=clock,
         )
@@ -230,14 +237,14 @@ class Pipeline(nn.Module):
         key = (
             (x.shape, x.dtype, None if y is None else (y.shape, y.dtype)),
             cast if torch.is_autocast_enabled(device) else None,
-            (self.training, torch.is_grad_enabled()),
+            self.training,
         )
         if key not in self._plans:
             self._plans[key] = self._plan(xs[0], None if ys is None else ys[0])
-        return self._plans[key], xs, ys
+        return self._plans[key][torch.is_grad_enabled()], xs, ys
 
-    def _plan(self, x: Tensor, y: Tensor | None) -> Plan:
-        """Agree on shapes, and find out which messages are needed."""
+    def _plan(self, x: Tensor, y: Tensor | None) -> list[Plan]:
+        """Agree on shapes; return what to do without gradients, and with them."""
         finish = lambda out: out if y is None else self.loss_fn(out, y)
         num_stages = self.schedule.num_stages
         shapes = negotiate(self._modules_of, num_stages, x, finish, self.mesh)
@@ -247,13 +254,8 @@ class Pipeline(nn.Module):
                 f"{what} {shapes.result}; a loss is one number of shape (), and an "
                 "output has a row for each sample"
             )
-        return plan_of(
-            self.schedule,
-            self._axis.rank,
-            shapes,
-            self._trains,
-            with_backward=torch.is_grad_enabled(),
-        )
+        place = self.schedule, self._axis.rank, shapes, self._trains
+        return [plan_of(*place, with_backward=b) for b in (False, True)]
 
     def _share_loss(
         self, plan: Plan, losses: list[Tensor], used: list[bool]
@@ -341,6 +343,29 @@ class Pipeline(nn.Module):
             own = {start + key for key in module.state_dict()}
             part = {k.removeprefix(start): v for k, v in state_dict.items() if k in own}
             module.load_state_dict(part, strict=strict, assign=assign)
+
+
+def _stages(modules: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    if not isinstance(modules, nn.Module):
+        return list(modules)
+    inside = inner(modules)
+    return list(inside) if isinstance(inside, nn.ModuleList) else [modules]
+
+
+def _engines(
+    modules: nn.Module | Iterable[nn.Module], stages: Mapping[int, nn.Module]
+) -> list[tuple[Any, tuple[int, ...]]]:
+    """Return the data-parallel engines around stages, with those that they train."""
+    trained = tuple(
+        stage
+        for stage, module in stages.items()
+        if any(p.requires_grad for p in module.parameters())
+    )
+    if isinstance(modules, nn.Module) and isinstance(inner(modules), nn.ModuleList):
+        found = [(modules, trained)]
+    else:
+        found = [(stages[stage], (stage,)) for stage in trained]
+    return [(engine, own) for engine, own in found if hasattr(engine, "no_sync")]
 
 
 def _names(

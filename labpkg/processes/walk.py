@@ -13,10 +13,10 @@ Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.0617
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,21 @@ class _Graph(NamedTuple):
     products: list[Product]
 
 
+@dataclass(slots=True)
+class Reducer:
+    """A data-parallel engine around stages, which reduces once in each walk.
+
+    Attributes:
+        no_sync: Its context in which backward only accumulates.
+        stages: The stages around which it is and which have something to train.
+        pause: What keeps it from reducing.
+    """
+
+    no_sync: Callable[[], AbstractContextManager[object]]
+    stages: tuple[int, ...]
+    pause: ExitStack = field(default_factory=ExitStack)
+
+
 class _Input(NamedTuple):
     """What is kept instead if forward will run again."""
 
@@ -117,6 +132,7 @@ class Walk:
         xs: The micro-batches.
         finish: Makes the result, such as the loss, from the output of the last stage
             for a micro-batch.
+        reducers: What averages gradients over replicas.
         recompute: Run forward again before backward, unless it has just run.
         clock: Notes when actions run; or None.
 
@@ -132,9 +148,11 @@ class Walk:
         xs: list[Tensor],
         finish: Callable[[Tensor, int], Tensor],
         *,
-        recompute: bool,
-        clock: Clock | None,
+        reducers: Sequence[Reducer] = (),
+        recompute: bool = False,
+        clock: Clock | None = None,
     ) -> None:
+        self._reducers = reducers
         self._plan, self._modules, self._mail = plan, modules, mail
         self._xs, self._finish, self._clock = xs, finish, clock
         self._anchor = torch.zeros((), requires_grad=True)
@@ -144,14 +162,6 @@ class Walk:
         self._split = {(a.stage, a.micro_batch) for a in plan.actions if a.kind == "I"}
         self._again = _waiting(plan.actions) if recompute else set()
         self._defers: set[int] = set()  # the stages that put weight gradients off
-        self._unsynced: dict[int, ExitStack] = {}
-        # The last backward pass of a stage that puts weight gradients off, or does not.
-        self._finals = {
-            (a.stage, defers): a
-            for defers, kinds in ((True, "BW"), (False, "BI"))
-            for a in plan.actions
-            if a.kind in kinds
-        }
         device, dtype = xs[0].device, plan.shapes.result.dtype
         self._scale = torch.tensor(1 / len(xs), dtype=dtype, device=device)
         self._uncast = torch.autocast(device.type, enabled=False)
@@ -166,11 +176,9 @@ class Walk:
             "W": self._weights,
         }
         with ExitStack() as pauses:
-            for stage, module in self._modules.items():
-                no_sync: Any = getattr(module, "no_sync", None)
-                if no_sync is not None:
-                    self._unsynced[stage] = pauses.enter_context(ExitStack())
-                    self._unsynced[stage].enter_context(no_sync())
+            for reducer in self._reducers:
+                reducer.pause = pauses.enter_context(ExitStack())
+                reducer.pause.enter_context(reducer.no_sync())
             for action in self._plan.actions:
                 do[action.kind](action)
                 self._mail.after(action)
@@ -285,13 +293,19 @@ class Walk:
             self._mail.put(action, x)
 
     def _sync(self, action: Action) -> None:
-        """Let a data-parallel stage reduce in its last backward pass."""
-        pause = self._unsynced.get(action.stage)
-        if pause is None:
-            return
-        ends_with_weights = action.stage in self._defers
-        if action == self._finals[action.stage, ends_with_weights]:
-            pause.close()
+        """Let data-parallel stages reduce in their last backward pass."""
+        for reducer in self._reducers:
+            if action.stage in reducer.stages and action == self._final(reducer):
+                reducer.pause.close()
+
+    def _final(self, reducer: Reducer) -> Action:
+        """Return the last action that makes gradients, as far as that is known yet."""
+        return next(
+            action
+            for action in reversed(self._plan.actions)
+            if action.stage in reducer.stages
+            and action.kind in ("BW" if action.stage in self._defers else "BI")
+        )
 
 
 def _waiting(actions: Sequence[Action]) -> set[Action]:
