@@ -16,7 +16,6 @@ Transformer Models, arXiv:2205.05198 (sequence parallelism).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -34,9 +33,7 @@ from labpkg.processes.parallel_layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     block_lengths,
-    column_layout,
-    row_layout,
-    vocab_layout,
+    cut_layout,
 )
 from labpkg.processes.region_hooks import Border, RankRandom, SumGradients
 from labpkg.processes.region_plans import (
@@ -142,8 +139,10 @@ def apply_tensor_parallel(
     for match, layout in layouts:
         match.module.__class__ = _LAYERS[match.rule.kind][1]
         cast(ParallelLayer, match.module).take_layout(layout)
+    whole = inside(matches, SEES_WHOLE)
     for match in matches:
-        _add_hooks(match, mesh, sequence_parallel, summed.get(match.module, ()))
+        is_sequence = sequence_parallel and match.module not in whole
+        _add_hooks(match, mesh, is_sequence, summed.get(match.module, ()))
     return model
 
 
@@ -195,42 +194,39 @@ def _layouts(
     plain, entered = inside(matches, SEES_WHOLE), inside(matches, ("region",))
     layouts = []
     for match in matches:
-        name, _, layer, rule = match
+        layer, rule = match.module, match.rule
         if rule.kind not in _LAYERS:
             continue
         _check_layer(match)
         is_sequence = sequence_parallel and layer not in plain and rule.kind != "vocab"
-        cut = partial(block_lengths, n=mesh.size(), unit=rule.unit)
-        if isinstance(layer, nn.Embedding):
-            blocks = cut(f"{name}: num_embeddings", layer.num_embeddings)
-            layout = vocab_layout(layer, mesh, blocks, is_sequence=is_sequence)
-        elif isinstance(layer, nn.Linear) and rule.kind == "row":
-            blocks = cut(f"{name}: in_features", layer.in_features)
-            layout = row_layout(layer, mesh, blocks, is_sequence=is_sequence)
-        else:
-            assert isinstance(layer, nn.Linear)
-            length = layer.out_features
-            stacked = rule.blocks or _equal_blocks(name, length, rule.num_blocks)
-            blocks = cut(f"{name}: out_features", length, blocks=stacked)
-            layout = column_layout(
-                layer,
-                mesh,
-                blocks,
-                is_sequence=is_sequence and layer not in entered,
-                gathers=rule.kind == "column_gather",
-                enters=layer not in entered,
-            )
+        is_entered = rule.kind.startswith("column") and layer in entered
+        dim, blocks = _dim_and_blocks(match, mesh.size())
+        layout = cut_layout(
+            *(layer, mesh, dim, blocks),
+            is_sequence=is_sequence and not is_entered,
+            gathers=rule.kind == "column_gather",
+            enters=not is_entered,
+        )
         layouts.append((match, layout))
     return layouts
 
 
-def _equal_blocks(name: str, length: int, num_blocks: int) -> tuple[int, ...]:
-    if length % num_blocks:
+def _dim_and_blocks(match: Match, n: int) -> tuple[int, tuple[int, ...]]:
+    name, _, layer, rule = match
+    if isinstance(layer, nn.Embedding):
+        return 0, block_lengths(f"{name}: num_embeddings", layer.num_embeddings, n)
+    assert isinstance(layer, nn.Linear)
+    if rule.kind == "row":
+        what, length = f"{name}: in_features", layer.in_features
+        return 1, block_lengths(what, length, n, unit=rule.unit)
+    what, length = f"{name}: out_features", layer.out_features
+    if length % rule.num_blocks:
         raise ValueError(
-            f"{name}: out_features={length} is not {num_blocks} equal matrices; give "
-            "their lengths, as in column_fused:64+16+16"
+            f"{what}={length} is not {rule.num_blocks} equal matrices; give their "
+            "lengths, as in column_fused:64+16+16"
         )
-    return (length // num_blocks,) * num_blocks
+    blocks = rule.blocks or (length // rule.num_blocks,) * rule.num_blocks
+    return 0, block_lengths(what, length, n, unit=rule.unit, blocks=blocks)
 
 
 def _check_layer(match: Match) -> None:
@@ -342,12 +338,12 @@ def _share_random_state(mesh: DeviceMesh) -> None:
 
 
 def _add_hooks(
-    match: Match, mesh: DeviceMesh, sequence_parallel: bool, summed: tuple[str, ...]
+    match: Match, mesh: DeviceMesh, is_sequence: bool, summed: tuple[str, ...]
 ) -> None:
     module, kind = match.module, match.rule.kind
     cast(Any, module)._labpkg_rule = kind
     if kind == "region":
-        enter = f_sequence if sequence_parallel else f
+        enter = f_sequence if is_sequence else f
         Border(mesh, enter, is_entry=True).before(module)
     elif kind == "dropout":
         RankRandom(mesh).around(module)

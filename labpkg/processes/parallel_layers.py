@@ -106,7 +106,11 @@ class ParallelLayer(nn.Module):
     layout: Layout
 
     def take_layout(self, layout: Layout) -> None:
-        """Cut the whole parameters in place; one that is tied and cut already stays."""
+        """Cut the whole parameters in place; one that is tied and cut already stays.
+
+        Args:
+            layout: How the layer lies from now on.
+        """
         self.layout = layout
         for name, cut in layout.cuts.items():
             parameter = self.get_parameter(name)
@@ -182,18 +186,23 @@ class ColumnParallelLinear(ParallelLayer, nn.Linear):
         )
         super().__init__(in_features, out_features, bias, device, dtype)
         _start_equal(self, mesh)
-        self.take_layout(
-            column_layout(
-                self,
-                mesh,
-                blocks,
-                is_sequence=sequence_parallel,
-                gathers=gather_output,
-            )
+        layout = cut_layout(
+            *(self, mesh, 0, blocks),
+            is_sequence=sequence_parallel,
+            gathers=gather_output,
         )
+        self.take_layout(layout)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return this rank's features, or all of them."""
+        """Return this rank's features, or all of them.
+
+        Args:
+            input: All features; of this rank's positions with `sequence_parallel`.
+
+        Raises:
+            ValueError: If the layer is inside a `region` and this did not enter it, or
+                for activations without a sequence.
+        """
         layout = self.layout
         if layout.is_sequence:
             check_sequence(input)
@@ -253,10 +262,18 @@ class RowParallelLinear(ParallelLayer, nn.Linear):
         blocks = block_lengths("in_features", in_features, mesh.size(), unit=unit)
         super().__init__(in_features, out_features, bias, device, dtype)
         _start_equal(self, mesh)
-        self.take_layout(row_layout(self, mesh, blocks, is_sequence=sequence_parallel))
+        layout = cut_layout(self, mesh, 1, blocks, is_sequence=sequence_parallel)
+        self.take_layout(layout)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the sum of all ranks' terms."""
+        """Return the sum of all ranks' terms.
+
+        Args:
+            input: This rank's features.
+
+        Raises:
+            ValueError: If it has others, or if n does not divide T.
+        """
         layout = self.layout
         if input.shape[-1] != self.weight.shape[1]:
             raise ValueError(
@@ -313,12 +330,15 @@ class VocabParallelEmbedding(ParallelLayer, nn.Embedding):
             num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype
         )
         _start_equal(self, mesh)
-        self.take_layout(
-            vocab_layout(self, mesh, blocks, is_sequence=sequence_parallel)
-        )
+        layout = cut_layout(self, mesh, 0, blocks, is_sequence=sequence_parallel)
+        self.take_layout(layout)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the rows of the tokens."""
+        """Return the rows of the tokens.
+
+        Args:
+            input: Tokens, the same on every rank.
+        """
         mesh, rows = self.layout.mesh, self.weight.shape[0]
         first = rows * mesh.get_local_rank()
         own = input - first
@@ -335,30 +355,28 @@ class VocabParallelEmbedding(ParallelLayer, nn.Embedding):
         return g_sequence(y, mesh)
 
 
-def column_layout(
-    layer: nn.Linear, mesh: DeviceMesh, blocks: tuple[int, ...], **options: bool
+def cut_layout(
+    layer: nn.Module,
+    mesh: DeviceMesh,
+    dim: int,
+    blocks: tuple[int, ...],
+    **options: bool,
 ) -> Layout:
-    """Return the layout of a whole linear layer whose output features are to be cut."""
-    names = ["weight"] if layer.bias is None else ["weight", "bias"]
+    """Return the layout of a whole layer of which one dim is to be cut.
+
+    Args:
+        layer: A linear layer or an embedding.
+        mesh: The tensor-parallel axis.
+        dim: 0 for output features or tokens, 1 for input features, which a bias has
+            not.
+        blocks: Lengths of the matrices that are stacked along it.
+        **options: Further attributes of the layout.
+    """
     cuts = {
-        name: Cut(mesh, 0, layer.get_parameter(name).shape, blocks) for name in names
+        name: Cut(mesh, dim, parameter.shape, blocks)
+        for name, parameter in layer.named_parameters(recurse=False)
+        if parameter.ndim > dim
     }
-    return Layout(mesh=mesh, cuts=cuts, **options)
-
-
-def row_layout(
-    layer: nn.Linear, mesh: DeviceMesh, blocks: tuple[int, ...], **options: bool
-) -> Layout:
-    """Return the layout of a whole linear layer whose input features are to be cut."""
-    cuts = {"weight": Cut(mesh, 1, layer.weight.shape, blocks)}
-    return Layout(mesh=mesh, cuts=cuts, **options)
-
-
-def vocab_layout(
-    layer: nn.Embedding, mesh: DeviceMesh, blocks: tuple[int, ...], **options: bool
-) -> Layout:
-    """Return the layout of a whole embedding whose rows are to be cut."""
-    cuts = {"weight": Cut(mesh, 0, layer.weight.shape, blocks)}
     return Layout(mesh=mesh, cuts=cuts, **options)
 
 
