@@ -456,10 +456,9 @@ def accumulate_in_one_process(optimizer, steps=5):
     return model.state_dict()
 
 
-def train_in_rank_order(optimizer, *, deterministic=True, messages=True, steps=5):
+def train_in_rank_order(optimizer, *, deterministic=True, steps=5):
     mesh = lab.make_mesh(dp=4)["dp"]
-    if messages:
-        transport.use_messages(mesh.get_group())
+    transport.use_messages(mesh.get_group())
     model = lab.DataParallel(
         build("mlp").float(), mesh, bucket_bytes=200, deterministic=deterministic
     )
@@ -472,11 +471,10 @@ def train_in_rank_order(optimizer, *, deterministic=True, messages=True, steps=5
     return model.state_dict()
 
 
-@pytest.mark.parametrize("messages", [True, False])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_rank_order_is_bitwise_one_process(world4, optimizer, messages):
+def test_rank_order_is_bitwise_one_process_by_messages_too(world4, optimizer):
     want = accumulate_in_one_process(optimizer)
-    for found in world4.run(train_in_rank_order, optimizer, messages=messages):
+    for found in world4.run(train_in_rank_order, optimizer):
         assert all(torch.equal(found[name], want[name]) for name in want)
 
 

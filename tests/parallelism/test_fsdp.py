@@ -12,7 +12,6 @@ import labpkg as lab
 from labpkg.parallelism.fsdp import fully_shard
 from labpkg.parallelism.whole import full_gradients, full_state_dict
 from labpkg.processes.flat import shard_of
-from labpkg.processes.traffic import off
 from tests.parallelism.towers import (
     TOLERANCE,
     WIDTH,
@@ -207,43 +206,6 @@ def test_other_ways_into_the_graph(world2, keep):
 
 
 # ---- numbers -----------------------------------------------------------------------
-
-
-def steps_in_rank_order(num_steps):
-    model = sharded(lab.MLP, 6, 11, 6, deterministic=True)
-    optimizer = lab.AdamW(model.parameters(), lr=0.01)
-    for step in range(num_steps):
-        optimizer.zero_grad()
-        loss_of(model, step).backward()
-        optimizer.step()
-    return full_state_dict(model)
-
-
-def test_rank_order_is_bitwise_accumulation(world4):
-    model = build(lab.MLP, 6, 11, 6)
-    optimizer = lab.AdamW(model.parameters(), lr=0.01)
-    for step in range(5):
-        optimizer.zero_grad()
-        x, y = batch(step)
-        for x_part, y_part in zip(x.chunk(4), y.chunk(4), strict=True):
-            (((model(x_part) - y_part) ** 2).mean() / 4).backward()
-        optimizer.step()
-    for state in world4.run(steps_in_rank_order, 5):
-        for name, value in model.state_dict().items():
-            assert torch.equal(state[name], value)
-
-
-def silent():
-    with off():
-        model = sharded(lab.MLP, 6, 11, 6)
-        loss_of(model).backward()
-        return full_gradients(model)
-
-
-def test_deviates_without_communication(world4):
-    want = alone(lab.MLP, 6, 11, 6)
-    for found in world4.run(silent):
-        assert deviation(found, want) > 1000 * TOLERANCE
 
 
 def counted(keep, num_frozen):

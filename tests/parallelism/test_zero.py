@@ -14,7 +14,6 @@ from torch import nn
 import labpkg as lab
 from labpkg.foundations.optimizers import elementwise_defaults
 from labpkg.parallelism.zero import ZeroOptimizer
-from labpkg.processes import collectives
 from labpkg.processes.flat import shard_of
 
 TOLERANCE = 1e-12
@@ -81,7 +80,7 @@ def reference(name: str, optimizer: str, num_parts: int = 4) -> dict:
     return {k: p.detach() for k, p in model.named_parameters()}
 
 
-def train(name, optimizer, stage, *, accumulate="", silent=False, **kwargs) -> dict:
+def train(name, optimizer, stage, *, accumulate="", **kwargs) -> dict:
     mesh = lab.make_mesh(dp=dist.get_world_size())["dp"]
     n, rank = mesh.size(), mesh.get_local_rank()
     model = build(name)
@@ -89,11 +88,7 @@ def train(name, optimizer, stage, *, accumulate="", silent=False, **kwargs) -> d
     options |= kwargs
     opt = ZeroOptimizer(groups(model), cls, mesh, stage=stage, **options)
     with lab.count_comms() as log:
-        if silent:
-            with collectives.off():
-                steps(model, opt, n, rank, accumulate)
-        else:
-            steps(model, opt, n, rank, accumulate)
+        steps(model, opt, n, rank, accumulate)
     assert all(p.grad is None for p in model.parameters())
     return {
         "params": {k: p.detach().clone() for k, p in model.named_parameters()},
@@ -127,25 +122,25 @@ def deviation(found: dict, want: dict) -> float:
     return max(((found[k] - want[k]).norm() / want[k].norm()).item() for k in want)
 
 
+@pytest.fixture(scope="module")
+def trained_on_four(world4):
+    cases = [(n, o, s) for n in MODELS for o in OPTIMIZERS for s in (1, 2)]
+    return world4.run(lambda: {it: train(*it, bucket_bytes=300) for it in cases})
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
-def test_parameters_equal_one_process(world4, name, stage, optimizer):
+def test_parameters_equal_one_process(trained_on_four, name, stage, optimizer):
     want = reference(name, optimizer)
     model = build(name)
     size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    for found in world4.run(train, name, optimizer, stage, bucket_bytes=300):
+    for of_rank in trained_on_four:
+        found = of_rank[name, optimizer, stage]
         assert deviation(found["params"], want) <= 10 * TOLERANCE
         assert found["reduced"] == found["gathered"] == 5 * size
         trainable = sum(p.requires_grad for p in model.parameters())
         assert found["flags"] == 5 * trainable
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_silent_ranks_end_elsewhere(world2, stage):
-    want = reference("mlp", "adamw", 2)
-    for found in world2.run(train, "mlp", "adamw", stage, silent=True):
-        assert deviation(found["params"], want) > 1e-2
 
 
 @pytest.mark.parametrize("accumulate", ["no_sync", "reduce each"])
@@ -231,8 +226,7 @@ def checked4():
 
 @pytest.mark.parametrize("cls", [lab.SGD, lab.AdamW])
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("name", ["world4", "checked4"])
-def test_rank_order_makes_it_bitwise_one_process(request, name, stage, cls):
+def test_rank_order_makes_it_bitwise_one_process(checked4, stage, cls):
     model = build().float()
     opt = cls(model.parameters(), lr=0.01)
     for step in range(5):
@@ -240,7 +234,7 @@ def test_rank_order_makes_it_bitwise_one_process(request, name, stage, cls):
             (((model(x) - y) ** 2).mean() / 4).backward()
         opt.step()
         opt.zero_grad()
-    for found in request.getfixturevalue(name).run(bitwise, stage, cls):
+    for found in checked4.run(bitwise, stage, cls):
         for a, b in zip(found, model.parameters(), strict=True):
             assert torch.equal(a, b)
 

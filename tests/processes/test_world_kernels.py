@@ -1,4 +1,4 @@
-"""`World` in other kernels: killed, interrupted, plain scripts, pytest's workers.
+"""`World` in other kernels: killed, interrupted, plain scripts.
 
 Each kernel is a script that imports torch and starts its own fork server.
 """
@@ -208,15 +208,3 @@ def test_script_that_runs_nothing_ends_quietly(tmp_path):
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out.splitlines()[1:], err) == (0, ["1"], "")
     assert time.monotonic() - start < 20
-
-
-def test_under_xdist(tmp_path):
-    (tmp_path / "test_it.py").write_text(
-        "import labpkg as lab, torch.distributed as dist\n"
-        "def test_it():\n"
-        "    assert lab.World(2).run(dist.get_world_size) == [2, 2]\n"
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
