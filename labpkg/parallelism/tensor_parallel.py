@@ -105,8 +105,7 @@ def apply_tensor_parallel(
     stay tied, `cut_of` says how each is cut. Gradients are dropped.
 
     Args:
-        model: The same on every rank but for values. It reshapes to -1 heads of a fixed
-            width.
+        model: The same on every rank but for values; it reshapes to -1 heads.
         mesh: The tensor-parallel axis, such as `mesh["tp"]`.
         plan: What becomes of which module.
         sequence_parallel: Cut activations along T between the layers.
@@ -129,6 +128,7 @@ def apply_tensor_parallel(
     require_same_model(model, mesh)
     _require_same_plan(plan, sequence_parallel, mesh)
     matches = match_plan(model, plan)
+    whole = inside(matches, SEES_WHOLE)
     summed = _summed_parameters(model, matches) if sequence_parallel else {}
     layouts = _layouts(matches, mesh, sequence_parallel)
     _check_values(matches, sequence_parallel)
@@ -139,7 +139,6 @@ def apply_tensor_parallel(
     for match, layout in layouts:
         match.module.__class__ = _LAYERS[match.rule.kind][1]
         cast(ParallelLayer, match.module).take_layout(layout)
-    whole = inside(matches, SEES_WHOLE)
     for match in matches:
         is_sequence = sequence_parallel and match.module not in whole
         _add_hooks(match, mesh, is_sequence, summed.get(match.module, ()))
