@@ -252,7 +252,8 @@ def negotiate(
             if stage not in modules:
                 return None
             with undisturbed([modules[stage]], x.device), without_gradients():
-                trial = x if stage == 0 else _sample(spec, x.device)
+                # A copy, because a stage may change what it takes.
+                trial = _sample(spec, x.device) if stage else x.clone()
                 y = _try(modules[stage], stage, trial)
                 return _spec(y if stage < num_stages - 1 else _finish(finish, y))
 

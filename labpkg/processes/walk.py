@@ -13,7 +13,7 @@ Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.0617
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -164,7 +164,10 @@ class Walk:
         self._defers: set[int] = set()  # the stages that put weight gradients off
         device, dtype = xs[0].device, plan.shapes.result.dtype
         self._scale = torch.tensor(1 / len(xs), dtype=dtype, device=device)
-        self._uncast = torch.autocast(device.type, enabled=False)
+        # Backward has the dtypes of forward; autocast would cast once more.
+        is_cast = torch.is_autocast_enabled(device.type)
+        uncast = torch.autocast(device.type, enabled=False)
+        self._uncast = uncast if is_cast else nullcontext()
         self.results: list[Tensor] = []
 
     def run(self) -> None:

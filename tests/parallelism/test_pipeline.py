@@ -168,11 +168,11 @@ class Unused(nn.Module):
 
 
 def train(
-    build, name: str, num_steps: int = 1, options: dict | None = None
+    build, name: str, *, num_steps: int = 1, recompute: bool = False
 ) -> tuple[float, float]:
     _, mesh = start()
     schedule, model = SCHEDULES[name](mesh.size()), build()
-    pipe = make(model, schedule, mesh, **(options or {}))
+    pipe = make(model, schedule, mesh, recompute=recompute)
     reference, (x, y) = assembled(model, pipe), batch()
     for _ in range(num_steps):
         loss = pipe.step(x, y)
@@ -208,15 +208,14 @@ def convolution() -> nn.Module:
 def all_models(name: str) -> dict:
     models = [Shared, frozen_start, without_parameters, convolution, in_place]
     found = {build.__name__: train(build, name, num_steps=2) for build in models}
-    again = {"recompute": True}
-    for build in (tower, Shared, convolution):
-        found[f"{build.__name__} again"] = train(build, name, options=again)
+    for build in (tower, Shared):
+        found[f"{build.__name__} again"] = train(build, name, recompute=True)
     return found
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_models_that_nobody_tuned(world4, name):
-    for found in world4.run(all_models, name):
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "v"])
+def test_models_that_nobody_tuned(world2, name):
+    for found in world2.run(all_models, name):
         for key, pair in found.items():
             assert max(pair) <= TOLERANCE, (key, pair)
 
@@ -290,7 +289,7 @@ def sent_bytes(name: str) -> dict:
     return {"found": found, "formula": formula}
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "v"])
 def test_bytes_equal_the_formula(world4, name):
     ranks = world4.run(sent_bytes, name)
     found, formula = [r["found"] for r in ranks], [r["formula"] for r in ranks]
@@ -330,7 +329,7 @@ def with_data_parallel(name: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["1f1b", "h1", "v"])
 def test_data_parallel_stages_reduce_once(world4, name):
     for found in world4.run(with_data_parallel, name):
         assert max(found.values()) <= TOLERANCE, found
@@ -342,16 +341,12 @@ def in_order(name: str) -> tuple[float, float]:
     kinds = set()
     close = OrderedMailbox.close
     OrderedMailbox.close = lambda self: (kinds.add(type(self)), close(self))[1]
-    found = train(gpt_of_floats, name, num_steps=2)
+    found = train(tower, name, num_steps=2)
     assert kinds == {OrderedMailbox}
     return found
 
 
-def gpt_of_floats() -> nn.Module:
-    return tower()
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "v"])
 def test_batches_of_ticks(world4, name):
     for pair in world4.run(in_order, name):
         assert max(pair) <= TOLERANCE
