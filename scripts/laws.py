@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "book" / "data" / "laws.json"
 PAGE = ROOT / "book" / "parallelism" / "laws.md"
+_NUM_COLUMNS = 6  # engines beside each other
 
 
 class Law(NamedTuple):
@@ -38,8 +39,9 @@ LAWS = {
     ),
     "gradients": Law(
         "The same gradients",
-        "Every gradient is that of one process. A gradient that lies in slices on many "
-        "ranks is gathered first. Where one process has `None`, so has the engine.",
+        "Every gradient is that of one process. A gradient that lies in slices, or on "
+        "one rank alone, is gathered first. Where one process has `None`, so has the "
+        "engine.",
     ),
     "parameters": Law(
         "The same parameters",
@@ -49,7 +51,9 @@ LAWS = {
     "seeds": Law(
         "Other seeds",
         "Each rank builds its model from a seed of its own. Once the engine has it, "
-        "all parameters and buffers are bitwise those of rank 0.",
+        "all parameters and buffers are bitwise those of rank 0; in a pipeline those "
+        "of a stage are bitwise what its rank has built, and what stages share is that "
+        "of the first of them. One process then starts from these.",
     ),
     "off": Law(
         "Communication off",
@@ -61,14 +65,16 @@ LAWS = {
     "bytes": Law(
         "Counted bytes",
         "The payload bytes of a step, counted collective by collective, are those of "
-        "the formula in `labpkg/planning/cost.py`, with one and with two backward "
-        "passes for each step; no other collective runs.",
+        "the formulas in `labpkg/planning`, with one and with two backward passes for "
+        "each step; no other collective runs.",
         unit="bytes",
     ),
     "bad_input": Law(
         "Bad input",
         "What cannot work, such as a model without parameters, raises a `ValueError` "
-        "on every rank before anything is sent, and the ranks can train afterwards.",
+        "on every rank before anything is sent, and the ranks can train afterwards. "
+        "(Ranks that divide a model first tell each other what they hold: if one of "
+        "them must refuse, all do.)",
         unit="ranks that accept",
     ),
     "models": Law(
@@ -76,7 +82,10 @@ LAWS = {
         "Gradients and parameters after five steps are those of one process for models "
         "that nobody tuned an engine for: a convolution with buffers, an LSTM, tied "
         "embeddings, branches that some or all ranks leave out, a single parameter, "
-        "odd sizes, a frozen backbone, nested and shared modules.",
+        "odd sizes, a frozen backbone, nested and shared modules. What divides layers "
+        "gets those that have a layer to divide, beside sizes that stay whole; a "
+        "pipeline gets chains of eight units or more, with a weight that four stages "
+        "share, and stages that are frozen or have no parameters.",
     ),
     "bfloat16": Law(
         "Half precision",
@@ -85,14 +94,18 @@ LAWS = {
     ),
     "bitwise": Law(
         "Bitwise",
-        "With `deterministic=True` ranks add in the order of their numbers. On 2 and 4 "
-        "ranks gradients and parameters after five steps are then bitwise those of one "
-        "process that accumulates the shards one after the other: all models in "
-        "float64, the book's own in float32 too, but none of odd sizes: how a kernel "
-        "rounds depends on the alignment of what it reads, which flat buffers change. "
-        "(On 3 ranks 1/n is rounded. In bfloat16 gradients are bitwise equal, but "
-        "parameters need not be: torch rounds `add` with a factor otherwise in the "
-        "last elements of a tensor, and slices end elsewhere.)",
+        "Where the order of a sum is fixed, one process can repeat it bit by bit, on 2 "
+        "and 4 ranks, all models in float64, the book's own in float32 too. Data "
+        "parallelism adds in the order of the ranks with `deterministic=True`: the "
+        "process accumulates the shards one after the other. Tensor parallelism adds "
+        "the terms of the ranks in their order: the process cuts the layers into the "
+        "same slices. A pipeline adds micro-batches: the process accumulates these; "
+        "models with tied weights are left out, since each copy adds up by itself "
+        "first. Odd sizes are left out where flat buffers move them: how a kernel "
+        "rounds depends on the alignment of what it reads. (On 3 ranks 1/n is rounded. "
+        "In bfloat16 gradients are bitwise equal, but parameters need not be: torch "
+        "rounds `add` with a factor otherwise in the last elements of a tensor, and "
+        "slices end elsewhere.)",
     ),
 }
 
@@ -100,15 +113,17 @@ HEAD = """\
 # Proof: the laws of every engine
 
 An engine of parallelism may change where numbers lie and when they travel, but not what
-they are. The tests hold every engine to the same laws, at 2, 3 and 4 ranks, with ranks
-that start from different seeds. This page is generated from such a run: on the CPU,
-with torch {torch}.
+they are. The tests hold every engine to the same laws, at 2, 3 and 4 ranks (a pipeline
+at 2 and 4), with ranks that start from different seeds. This page is generated from
+such a run: on the CPU, with torch {torch}.
 
 Each number is the largest deviation over all cases: models, optimizers, numbers of
 ranks, ranks. Unless its bound, below, names a unit, it is relative: $\\lVert x - y
 \\rVert / \\lVert y \\rVert$ of a tensor $x$ and the same tensor $y$ of one process; 0
 means bitwise equal. With communication off it is the smallest one, which must be large.
-`ZeroOptimizer-2` is `ZeroOptimizer` with `stage=2`.
+`ZeroOptimizer-2` is `ZeroOptimizer` with `stage=2`, `TensorParallel-sequence` is
+`apply_tensor_parallel` with `sequence_parallel=True`, and `Pipeline-zb-v` a `Pipeline`
+with that schedule.
 
 """
 
@@ -116,9 +131,9 @@ TAIL = """\
 ## Repeat it
 
 `make laws` runs the tests, stores what they measure in `book/data/laws.json` and writes
-this page. An engine joins by one class in `tests/parallelism/engines.py`, which says
-how to wrap a model, to train a step and to gather what is cut; the laws themselves, in
-`tests/parallelism/test_laws.py`, know no engine.
+this page. An engine joins by one class in `tests/parallelism/engines.py` or
+`model_engines.py`, which says how to wrap a model, to train a step and to gather what
+is cut; the laws themselves, in `tests/parallelism/test_laws.py`, know no engine.
 """
 
 
@@ -164,11 +179,15 @@ def page(stored: dict[str, Any]) -> str:
     """Return the page that a stored run gives."""
     rows = {(row["engine"], row["law"]): row for row in stored["rows"]}
     engines = list(dict.fromkeys(engine for engine, _ in rows))
-    lines = [_row("Law", *engines), "|:--|" + ":--|" * len(engines)]
-    for law in LAWS:
-        cells = [number(rows[engine, law]["deviation"]) for engine in engines]
-        lines.append(_row(f"[{LAWS[law].title}](#law-{law})", *cells))
-    parts = [HEAD.format(torch=stored["torch"]), "\n".join(lines), "\n\n"]
+    lines = []
+    for first in range(0, len(engines), _NUM_COLUMNS):
+        group = engines[first : first + _NUM_COLUMNS]
+        lines += [_row("Law", *group), "|:--|" + ":--|" * len(group)]
+        for law in LAWS:
+            cells = [number(rows[engine, law]["deviation"]) for engine in group]
+            lines.append(_row(f"[{LAWS[law].title}](#law-{law})", *cells))
+        lines.append("")
+    parts = [HEAD.format(torch=stored["torch"]), "\n".join(lines), "\n"]
     parts += [_section(law, [rows[engine, law] for engine in engines]) for law in LAWS]
     return "".join([*parts, TAIL])
 

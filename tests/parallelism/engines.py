@@ -1,14 +1,14 @@
-"""What the laws ask of an engine, answered for each engine.
+"""Every engine, as the laws see it; `adapter.Engine` says what they ask.
 
-An engine joins the laws by one class here and a line in `ENGINES`; the laws themselves
-know no engine. Objects of these classes live inside `World.run`, one on each rank.
+An engine joins the laws by one class, here or in `model_engines.py`, and a line in
+`ENGINES`; the laws themselves know no engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,80 +20,41 @@ from labpkg.parallelism.whole import full_gradients, full_state_dict
 from labpkg.parallelism.zero import ZeroOptimizer
 from labpkg.planning.cost import zero_bytes
 from labpkg.processes.replicas import broadcast_state
-from tests.parallelism.models import without_parameters
+from tests.parallelism.adapter import (
+    ANOTHER_MODEL,
+    Engine,
+    Loss,
+    OptimizerChoice,
+    Reference,
+    Traffic,
+)
+from tests.parallelism.model_engines import MODEL_ENGINES
+from tests.parallelism.models import TUNED, UNTUNED, without_parameters
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-Traffic = dict[tuple[str, str], int]  # payload bytes by axis and collective
 BUCKET_BYTES = 200  # several buckets even for these models
-ANOTHER_MODEL = "another model on each rank"
-
-
-class OptimizerChoice(NamedTuple):
-    """A class of optimizers and its options."""
-
-    kind: Callable[..., torch.optim.Optimizer]
-    options: dict[str, float]
-
-
-class Engine(Protocol):
-    """One model under an engine, on one rank.
-
-    Attributes:
-        meshes: Sizes of the axes for each number of ranks on which the laws hold.
-    """
-
-    meshes: ClassVar[dict[int, dict[str, int]]]
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: OptimizerChoice,
-        mesh: DeviceMesh,
-        *,
-        deterministic: bool = False,
-    ) -> None: ...
-
-    def backward(self, x: Tensor, y: Tensor, loss: Loss, num_passes: int) -> Tensor:
-        """Accumulate the gradient over the global batch; return this rank's output."""
-        ...
-
-    @staticmethod
-    def assemble(outputs: list[Tensor]) -> Tensor:
-        """Return the output of the global batch from those of all ranks."""
-        ...
-
-    def step(self) -> None:
-        """Update the parameters and drop the gradients."""
-        ...
-
-    def gradients(self) -> dict[str, Tensor | None]:
-        """Return every whole gradient by the name of its parameter."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Return every whole parameter and buffer by name."""
-        ...
-
-    def predicted_bytes(self, num_passes: int) -> Traffic:
-        """Return the payload bytes of one step by the formula."""
-        ...
-
-    @classmethod
-    def bad_inputs(cls, mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
-        """Return calls that must raise a ValueError, by what is wrong with them."""
-        ...
 
 
 class _ShardedBatch:
     """Engines of the axis dp: each rank takes its shard of the batch."""
 
     meshes: ClassVar = {n: {"dp": n} for n in (2, 3, 4)}
+    tuned: ClassVar = tuple(TUNED)
+    untuned: ClassVar = tuple(UNTUNED)
+    # Kernels round by alignment, and flat buffers move what has odd sizes.
+    exact: ClassVar = tuple(case for case in (*TUNED, *UNTUNED) if case != "odd")
+    optimizers_of_untuned: ClassVar[tuple[str, ...]] = ("SGD", "AdamW")
+    options_in_order: ClassVar = {"deterministic": True}
+    asks: ClassVar = False
     model: nn.Module
     optimizer: torch.optim.Optimizer
     no_sync: Callable[[], AbstractContextManager[None]]
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh["dp"]
+
+    @classmethod
+    def reference(cls, world_size: int, *, in_order: bool = False) -> Reference:
+        return Reference(num_shards=world_size if in_order else 1)
 
     def backward(self, x: Tensor, y: Tensor, loss: Loss, num_passes: int) -> Tensor:
         n, rank = self.mesh.size(), self.mesh.get_local_rank()
@@ -118,7 +79,7 @@ class _ShardedBatch:
     def bad_inputs(cls, mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
         def wrap(model: nn.Module, mesh: Any = mesh) -> object:
             sgd = OptimizerChoice(lab.SGD, {"lr": 0.1})
-            return cls(model, sgd, mesh)  # pyright: ignore[reportCallIssue]
+            return cls("", model, sgd, mesh)  # pyright: ignore[reportCallIssue]
 
         rank = mesh["dp"].get_local_rank()
         two_devices = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
@@ -140,6 +101,7 @@ class DataParallelEngine(_ShardedBatch):
 
     def __init__(
         self,
+        case: str,
         model: nn.Module,
         optimizer: OptimizerChoice,
         mesh: DeviceMesh,
@@ -175,6 +137,7 @@ class _ZeroEngine(_ShardedBatch):
 
     def __init__(
         self,
+        case: str,
         model: nn.Module,
         optimizer: OptimizerChoice,
         mesh: DeviceMesh,
@@ -237,6 +200,7 @@ class FullyShardEngine(_ShardedBatch):
 
     def __init__(
         self,
+        case: str,
         model: nn.Module,
         optimizer: OptimizerChoice,
         mesh: DeviceMesh,
@@ -286,4 +250,5 @@ ENGINES: dict[str, type[Engine]] = {
     "ZeroOptimizer-1": ZeroOneEngine,
     "ZeroOptimizer-2": ZeroTwoEngine,
     "fully_shard": FullyShardEngine,
+    **MODEL_ENGINES,
 }

@@ -11,22 +11,28 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import labpkg as lab
 from labpkg.processes.traffic import CommLog, off
-from tests.parallelism.engines import ANOTHER_MODEL, ENGINES, OptimizerChoice, Traffic
-from tests.parallelism.models import CASES, TUNED
+from tests.parallelism.adapter import ANOTHER_MODEL, OptimizerChoice, Reference, Traffic
+from tests.parallelism.deep_models import DEEP, DEEP_UNTUNED
+from tests.parallelism.engines import ENGINES
+from tests.parallelism.model_engines import assemble_stages
+from tests.parallelism.models import DIVISIBLE, TUNED, UNTUNED
+from tests.parallelism.plans import PLANS, SEQUENCE_PLANS, in_slices
 
 TOLERANCE = 1e-12
 SEED = 42
 NUM_STEPS = 5
 EXACT_SIZES = (2, 4)  # numbers of ranks by which a division is exact
+CASES = TUNED | UNTUNED | DIVISIBLE | DEEP | DEEP_UNTUNED
 OPTIMIZERS = {
     "SGD": OptimizerChoice(lab.SGD, {"lr": 0.1, "momentum": 0.9}),
     "AdamW": OptimizerChoice(lab.AdamW, {"lr": 0.01}),
@@ -42,7 +48,7 @@ class Run:
         optimizer: Name in `OPTIMIZERS`.
         dtype: None means that of the case.
         num_passes: Backward passes in a step.
-        deterministic: Whether the engine adds in rank order.
+        in_order: Whether the engine gets its option to add up in an order.
         is_silent: Whether collectives are switched off.
         seed_stride: Rank r starts from `SEED + r * seed_stride`.
     """
@@ -51,7 +57,7 @@ class Run:
     optimizer: str
     dtype: torch.dtype | None = None
     num_passes: int = 1
-    deterministic: bool = False
+    in_order: bool = False
     is_silent: bool = False
     seed_stride: int = 1
 
@@ -72,18 +78,46 @@ def runs_of(
     )
 
 
-RUNS = runs_of(CASES)
-SILENT_RUNS = runs_of(TUNED, optimizers=["SGD"], is_silent=True, seed_stride=0)
-RUNS_OF_TWO_PASSES = runs_of(
-    (*TUNED, "convolution", "tied", "odd", "frozen"),
-    optimizers=["AdamW"],
-    num_passes=2,
-)
-# Kernels round by alignment, and flat buffers move what has odd sizes.
-ORDERED_RUNS = (
-    *runs_of((case for case in CASES if case != "odd"), deterministic=True),
-    *runs_of(TUNED, deterministic=True, dtype=torch.float32),
-)
+COUNTED = (*TUNED, "convolution", "tied", "odd", "odd_beside", "frozen", "sequences")
+COUNTED += ("deep_mlp", "deep_gpt", "deep_tied", "deep_odd")
+# Of long chains two are enough: they take long, and a pass sends what the others send.
+COUNTED_TWICE = tuple(case for case in COUNTED if case not in ("deep_gpt", "deep_odd"))
+
+
+class Runs:
+    """What an engine trains, by the laws that look at it.
+
+    Attributes:
+        plain: Each model.
+        silent: Those of the book, with communication switched off.
+        counted: Those of which the bytes are predicted.
+        of_two_passes: Some of these, with two backward passes in a step.
+        in_order: Those of which one process can repeat the sums.
+    """
+
+    def __init__(self, engine: str) -> None:
+        kind = ENGINES[engine]
+        self.plain = (
+            *runs_of(kind.tuned),
+            *runs_of(kind.untuned, optimizers=kind.optimizers_of_untuned),
+        )
+        self.silent = runs_of(
+            kind.tuned, optimizers=["SGD"], is_silent=True, seed_stride=0
+        )
+        self.counted = tuple(run for run in self.plain if run.case in COUNTED)
+        self.of_two_passes = tuple(
+            replace(run, num_passes=2)
+            for run in self.counted
+            if run.case in COUNTED_TWICE and run.optimizer == "AdamW"
+        )
+        exact = [run for run in self.plain if run.case in kind.exact]
+        exact += [
+            replace(run, dtype=torch.float32)
+            for run in exact
+            if run.case in kind.tuned and run.optimizer in kind.optimizers_of_untuned
+        ]
+        in_order = bool(kind.options_in_order)
+        self.in_order = tuple(replace(run, in_order=in_order) for run in exact)
 
 
 @dataclass
@@ -122,24 +156,31 @@ def train_all(engine: str, runs: Sequence[Run]) -> list[Trace]:
     return traces
 
 
+@functools.cache  # the groups of a mesh take as long as a short run
+def _mesh(engine: str) -> DeviceMesh:
+    return lab.make_mesh(**ENGINES[engine].meshes[dist.get_world_size()])
+
+
 def _train(engine: str, run: Run) -> Trace:
     kind, case = ENGINES[engine], CASES[run.case]
-    mesh = lab.make_mesh(**kind.meshes[dist.get_world_size()])
-    with off() if run.is_silent else nullcontext():
-        model = case.model(SEED + dist.get_rank() * run.seed_stride, run.dtype)
-        trial = kind(
-            model, OPTIMIZERS[run.optimizer], mesh, deterministic=run.deterministic
-        )
-        trace = Trace(_copies(trial.state()))
-        for step in range(NUM_STEPS):
-            x, y = case.batch(step, run.dtype)
-            with lab.count_comms() as log:
+    mesh = _mesh(engine)
+    silence = off if run.is_silent else nullcontext
+    options = kind.options_in_order if run.in_order else {}
+    model = case.model(SEED + dist.get_rank() * run.seed_stride, run.dtype)
+    with silence():
+        trial = kind(run.case, model, OPTIMIZERS[run.optimizer], mesh, **options)
+    trace = Trace(_copies(trial.state()))
+    for step in range(NUM_STEPS):
+        x, y = case.batch(step, run.dtype)
+        with lab.count_comms() as log:
+            with silence():
                 output = trial.backward(x, y, case.loss, run.num_passes)
-                if step == 0:
-                    trace.output = output
-                    trace.gradients = _copies(trial.gradients())
+            if step == 0:
+                trace.output = output
+                trace.gradients = _copies(trial.gradients())
+            with silence():
                 trial.step()
-        trace.end = _copies(trial.state())
+    trace.end = _copies(trial.state())
     trace.predicted = trial.predicted_bytes(run.num_passes)
     trace.counted = _count(log, trace.predicted)
     return trace
@@ -152,13 +193,15 @@ def _count(log: CommLog, predicted: Traffic) -> Traffic:
     return counted | {("other", "collectives"): total - sum(counted.values())}
 
 
-def refusals(engine: str) -> dict[str, bool]:
-    """Tell which bad inputs raise before communication, and whether ranks then train.
+def on_rank(engine: str, runs: Sequence[Run]) -> tuple[list[Trace], dict[str, bool]]:
+    """Return the traces of this rank, and what the engine refuses."""
+    refused = refusals(engine)
+    return train_all(engine, runs), refused
 
-    Only `ANOTHER_MODEL` cannot be seen without asking the other ranks.
-    """
-    kind = ENGINES[engine]
-    mesh = lab.make_mesh(**kind.meshes[dist.get_world_size()])
+
+def refusals(engine: str) -> dict[str, bool]:
+    """Tell which bad inputs raise, without messages, and whether ranks then train."""
+    kind, mesh = ENGINES[engine], _mesh(engine)
     is_refused = {}
     for problem, call in kind.bad_inputs(mesh).items():
         with lab.count_comms() as log:
@@ -166,26 +209,34 @@ def refusals(engine: str) -> dict[str, bool]:
                 call()
                 is_refused[problem] = False
             except ValueError:
-                is_refused[problem] = problem == ANOTHER_MODEL or not log.axes
-    trace = _train(engine, Run(case="mlp", optimizer="SGD"))
-    want = _train_alone(Run(case="mlp", optimizer="SGD"), num_shards=1)
+                is_early = _is_control(log) if kind.asks else not log.axes
+                is_refused[problem] = problem == ANOTHER_MODEL or is_early
+    run = Run(case=kind.tuned[0], optimizer="SGD")
+    trace = _train(engine, run)
+    want = _train_alone(run, kind.reference(dist.get_world_size()))
     is_refused["trains afterwards"] = deviation(trace.end, want.end) <= TOLERANCE
     return is_refused
+
+
+def _is_control(log: CommLog) -> bool:
+    """Tell whether ranks have only gathered what they know."""
+    return all(log[axis].calls == log[axis, "all_gather"].calls for axis in log.axes)
 
 
 # ---- in one process ----------------------------------------------------------------
 
 
-def train_all_alone(runs: Sequence[Run], num_shards: int) -> list[Trace]:
+def train_all_alone(runs: Sequence[Run], reference: Reference) -> list[Trace]:
     """Train in this process, adding the gradients of the shards in their order."""
-    return [_train_alone(run, num_shards) for run in runs]
+    return [_train_alone(run, reference) for run in runs]
 
 
-def _train_alone(run: Run, num_shards: int) -> Trace:
+def _train_alone(run: Run, reference: Reference) -> Trace:
     case, choice = CASES[run.case], OPTIMIZERS[run.optimizer]
-    model = case.model(SEED, run.dtype)
+    model = _model(run, reference)
     optimizer = choice.kind(model.parameters(), **choice.options)
     trace = Trace(_copies(model.state_dict()))
+    num_shards = reference.num_shards
     for step in range(NUM_STEPS):
         shards = (t.chunk(num_shards) for t in case.batch(step, run.dtype))
         outputs = []
@@ -201,6 +252,19 @@ def _train_alone(run: Run, num_shards: int) -> Trace:
     return trace
 
 
+def _model(run: Run, reference: Reference) -> nn.Module:
+    """Return the model of rank 0, or one of which each stage is that of its rank."""
+    case, origin = CASES[run.case], reference.origin
+    model = case.model(SEED, run.dtype)
+    if reference.num_slices > 1:
+        plans = SEQUENCE_PLANS if reference.is_sequence else PLANS
+        return in_slices(model, plans[run.case], reference.num_slices)
+    if origin:
+        models = [case.model(SEED + rank, run.dtype) for rank in origin]
+        assemble_stages(model, models)
+    return model
+
+
 def _copies(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {k: None if t is None else t.detach().clone() for k, t in tensors.items()}
 
@@ -208,23 +272,49 @@ def _copies(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
 # ---- where the tests are -----------------------------------------------------------
 
 
+class Job(NamedTuple):
+    """What all ranks of a world showed of an engine.
+
+    Attributes:
+        traces: Those of all ranks, for each run.
+        refusals: Of each rank; see `refusals`.
+    """
+
+    traces: dict[Run, list[Trace]]
+    refusals: list[dict[str, bool]]
+
+
 @functools.cache
-def trained(engine: str, world_size: int) -> dict[Run, list[Trace]]:
-    """Train all runs under an engine in one job; return the traces of all ranks."""
-    runs = (*RUNS, *SILENT_RUNS, *RUNS_OF_TWO_PASSES)
+def trained(engine: str, world_size: int) -> Job:
+    """Train all runs under an engine in one job, after its bad inputs."""
+    groups = Runs(engine)
+    runs = (*groups.plain, *groups.silent, *groups.of_two_passes)
     if world_size in EXACT_SIZES:
-        runs += ORDERED_RUNS
+        runs += groups.in_order
+    runs = tuple(dict.fromkeys(runs))
     with lab.World(world_size, device="cpu", timeout_s=100) as world:
-        ranks = world.run(train_all, engine, runs)
-    return dict(zip(runs, map(list, zip(*ranks, strict=True)), strict=True))
+        ranks = world.run(on_rank, engine, runs)
+    traces, refused = zip(*ranks, strict=True)
+    return Job(
+        dict(zip(runs, map(list, zip(*traces, strict=True)), strict=True)),
+        list(refused),
+    )
+
+
+def trained_alone(
+    engine: str, world_size: int, *, in_order: bool = False
+) -> dict[Run, Trace]:
+    """Train what an engine trains in one process; see `Run.alone`."""
+    groups = Runs(engine)
+    runs = groups.in_order if in_order else groups.plain
+    reference = ENGINES[engine].reference(world_size, in_order=in_order)
+    return _trained_alone(tuple(dict.fromkeys(run.alone for run in runs)), reference)
 
 
 @functools.cache
-def trained_alone(num_shards: int = 1) -> dict[Run, Trace]:
-    """Train all runs in one process; see `train_all_alone`."""
-    runs = tuple(dict.fromkeys(run.alone for run in (*RUNS, *ORDERED_RUNS)))
+def _trained_alone(runs: tuple[Run, ...], reference: Reference) -> dict[Run, Trace]:
     with lab.World(1, device="cpu", timeout_s=100) as world:
-        (traces,) = world.run(train_all_alone, runs, num_shards)
+        (traces,) = world.run(train_all_alone, runs, reference)
     return dict(zip(runs, traces, strict=True))
 
 

@@ -18,8 +18,10 @@ import labpkg as lab
 GLOBAL_BATCH_SIZE = 24  # shards over 2, 3 and 4 ranks, in 1 or 2 micro-batches
 # Kernels round by the alignment of memory. In all models but `odd` parameters end at an
 # even element, so flat buffers move them without changing a bit of what they compute.
-WIDTH = 8
+# Two, three and four ranks can divide the width.
+WIDTH = 12
 VOCAB_SIZE = 12
+LENGTH = 12  # T of the sequences that ranks may divide
 
 
 class ConvWithBuffers(nn.Module):
@@ -32,7 +34,7 @@ class ConvWithBuffers(nn.Module):
         nn.init.normal_(self.norm.running_mean)
         nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
         self.register_buffer("scale", torch.rand(1))
-        self.out = nn.Linear(80, 4)
+        self.out = nn.Linear(80, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.norm(self.conv(x)))
@@ -45,7 +47,7 @@ class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lstm = nn.LSTM(4, 6, num_layers=2, batch_first=True)
-        self.out = nn.Linear(6, 2)
+        self.out = nn.Linear(6, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.lstm(x)[0][:, -1])
@@ -97,8 +99,8 @@ class Frozen(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = nn.Linear(WIDTH, 10).requires_grad_(False)
-        self.head = nn.Linear(10, WIDTH)
+        self.backbone = nn.Linear(WIDTH, 24).requires_grad_(False)
+        self.head = nn.Linear(24, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.relu(self.backbone(x)))
@@ -135,21 +137,62 @@ class Nested(nn.Module):
         return self.shared(x)
 
 
+class Sequences(nn.Module):
+    """Layers over (B, T, D): a convolution over T, then norms, of which one is frozen.
+
+    The sizes of the convolution are odd, `never` is used by nobody, and `enter` marks
+    where the positions may be dealt out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(5, 7, 3, padding=1)
+        self.widen = nn.Linear(7, WIDTH)
+        self.enter = nn.Identity()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
+        self.frozen = nn.LayerNorm(WIDTH).requires_grad_(False)
+        self.never = nn.RMSNorm(WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        y = self.enter(self.widen(torch.tanh(y)))
+        y = y + self.down(torch.relu(self.up(self.norm(y))))
+        return self.out(self.frozen(y))
+
+
 def _odd() -> nn.Module:
-    """Return layers of 37 parameters in all, a prime."""
+    """Return layers of 41 parameters in all, a prime."""
     return nn.Sequential(
         nn.Linear(WIDTH, 1), nn.Linear(1, 3), nn.PReLU(), nn.Linear(3, 5), nn.PReLU()
     )
 
 
-def _gpt() -> nn.Module:
-    config = lab.GPTConfig(
-        num_layers=2, width=WIDTH, num_heads=2, sequence_length=5, vocab_size=VOCAB_SIZE
+def _odd_beside() -> nn.Module:
+    """Return layers of odd sizes around two that ranks can divide."""
+    return nn.Sequential(
+        nn.Linear(WIDTH, 7),
+        nn.PReLU(),
+        nn.Linear(7, 24),
+        nn.Tanh(),
+        nn.Linear(24, 5),
+        nn.PReLU(),
     )
-    return lab.GPT(config)
 
 
-def _vectors(num_outputs: int) -> Callable[[torch.Generator], tuple[Tensor, Tensor]]:
+GPT_CONFIG = lab.GPTConfig(
+    num_layers=2,
+    width=WIDTH,
+    num_heads=12,
+    sequence_length=LENGTH,
+    vocab_size=VOCAB_SIZE,
+)
+
+
+def draw_vectors(
+    num_outputs: int,
+) -> Callable[[torch.Generator], tuple[Tensor, Tensor]]:
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x = _normal(generator, WIDTH)
         # Sorted by x[0]: the first ranks never take the branch of `Branches`.
@@ -159,16 +202,20 @@ def _vectors(num_outputs: int) -> Callable[[torch.Generator], tuple[Tensor, Tens
     return draw
 
 
-def _images(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    return _normal(generator, 1, 4, 5), _normal(generator, 4)
+def draw_images(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    return _normal(generator, 1, 4, 5), _normal(generator, WIDTH)
 
 
-def _sequences(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    return _normal(generator, 5, 4), _normal(generator, 2)
+def draw_sequences(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    return _normal(generator, 5, 4), _normal(generator, WIDTH)
 
 
-def _tokens(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    shape = (2, GLOBAL_BATCH_SIZE, 5)
+def draw_long_sequences(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    return _normal(generator, LENGTH, 5), _normal(generator, LENGTH, WIDTH)
+
+
+def draw_tokens(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    shape = (2, GLOBAL_BATCH_SIZE, LENGTH)
     x, y = torch.randint(VOCAB_SIZE, shape, generator=generator, device="cpu")
     return x, y
 
@@ -209,27 +256,32 @@ class Case:
 
 
 TUNED = {
-    "mlp": Case(lambda: lab.MLP(WIDTH, 12, WIDTH), _vectors(WIDTH)),
-    "gpt": Case(_gpt, _tokens, lab.cross_entropy),
+    "mlp": Case(lambda: lab.MLP(WIDTH, 24, WIDTH), draw_vectors(WIDTH)),
+    "gpt": Case(lambda: lab.GPT(GPT_CONFIG), draw_tokens, lab.cross_entropy),
 }
 """The models of the book."""
 
 UNTUNED = {
-    "convolution": Case(ConvWithBuffers, _images),
-    "recurrent": Case(Recurrent, _sequences),
-    "tied": Case(Tied, _tokens, lab.cross_entropy),
-    "branches": Case(Branches, _vectors(WIDTH)),
-    "one_parameter": Case(OneParameter, _vectors(WIDTH)),
-    "odd": Case(_odd, _vectors(5)),
-    "frozen": Case(Frozen, _vectors(WIDTH)),
-    "nested": Case(Nested, _vectors(WIDTH)),
+    "convolution": Case(ConvWithBuffers, draw_images),
+    "recurrent": Case(Recurrent, draw_sequences),
+    "tied": Case(Tied, draw_tokens, lab.cross_entropy),
+    "branches": Case(Branches, draw_vectors(WIDTH)),
+    "one_parameter": Case(OneParameter, draw_vectors(WIDTH)),
+    "odd": Case(_odd, draw_vectors(5)),
+    "frozen": Case(Frozen, draw_vectors(WIDTH)),
+    "nested": Case(Nested, draw_vectors(WIDTH)),
     "bfloat16": Case(
-        lambda: lab.MLP(WIDTH, 12, WIDTH), _vectors(WIDTH), dtype=torch.bfloat16
+        lambda: lab.MLP(WIDTH, 24, WIDTH), draw_vectors(WIDTH), dtype=torch.bfloat16
     ),
 }
 """The models that nobody tuned for; the tenth, without parameters, is an error."""
 
-CASES = TUNED | UNTUNED
+DIVISIBLE = {
+    "odd_beside": Case(_odd_beside, draw_vectors(5)),
+    "sequences": Case(Sequences, draw_long_sequences),
+    "sequences_bfloat16": Case(Sequences, draw_long_sequences, dtype=torch.bfloat16),
+}
+"""More models, for engines that divide layers."""
 
 
 def without_parameters() -> nn.Module:
