@@ -129,6 +129,9 @@ _FEWEST_MICRO_BATCHES = Exercise(
         (64, 0.125),
     ],
     mistakes={
+        "micro-batches are whole: round up": lambda P, bubble: max(
+            1, (P - 1) / bubble - P + 1
+        ),
         "this bubble is still too large: round up": _rounded_down,
         "idle time is counted as a share of all time, not of the working time": (
             _beside_work
