@@ -172,6 +172,16 @@ GROUPED = {
     "llama, regions, sequence": Case(
         lambda: Llama(False), llama_plan(*SEPARATE) | SEQUENCE | REGIONS, True
     ),
+    "llama, a region of whole sequences": Case(
+        lambda: Llama(False),
+        llama_plan(*SEPARATE)
+        | {"head": "whole", "norm": "whole"}
+        # Tied: the embedding is not cut, and each rank looks up all positions.
+        | {"embed": "sequence_scatter", "blocks.0.*norm?": "sequence"}
+        | {"blocks.0": "sequence", "blocks.1": "sequence_gather"}
+        | {"blocks.1.attention": "region"},
+        True,
+    ),
     "classifier": Case(Classifier, llama_plan(*FUSED, "head")),
     "classifier, sequence": Case(
         Classifier,
@@ -384,6 +394,22 @@ def test_recomputation_repeats_everything(world2):
         return all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
     assert world2.run(lambda: run(False) and run(True)) == [True, True]
+
+
+def test_a_gpt_with_recomputed_blocks_has_the_same_gradients(world2):
+    def run(sequence):
+        case = gpt_case(sequence=sequence)
+        _, reference, model = start(case)
+        assert isinstance(model, lab.GPT)
+        tokens, targets = batch(0)
+        x = model.embedding(tokens)
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        lab.cross_entropy(model.head(x), targets).backward()
+        lab.cross_entropy(reference(tokens), targets).backward()
+        return difference(model, reference, gradients=True)
+
+    assert max(world2.run(lambda: max(run(False), run(True)))) < TOLERANCE
 
 
 # ---- what people do with models ----------------------------------------------------
