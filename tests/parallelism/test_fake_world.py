@@ -2,6 +2,7 @@
 
 Bytes are exact all the same, so they are held against the formula, and against what
 torch's FSDP2 sends. The tests share a process of their own, which only plays rank 0.
+A pipeline cannot be played: its ranks tell each other the shapes that they will send.
 """
 
 import math
@@ -18,9 +19,11 @@ from labpkg.bench.steps import LARGE
 from labpkg.parallelism.fsdp import fully_shard
 from labpkg.parallelism.zero import ZeroOptimizer
 from labpkg.planning.cost import zero_bytes
+from labpkg.planning.model_parallel import gpt_layer_cuts, tensor_parallel_bytes
 from labpkg.processes import collectives
 
 N = 1024
+HEADS = lab.GPTConfig(num_layers=2, width=64, num_heads=32, sequence_length=32)
 FSDP2 = {"all_gather": "_allgather_base_", "reduce_scatter": "_reduce_scatter_base_"}
 
 
@@ -40,15 +43,15 @@ class TorchBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def as_rank_0(play, *args):
-    """Start the fake world and play."""
+def as_rank_0(play, axes, config, *args):
+    """Start the fake world and play on the last of the axes with a GPT."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group(
         "fake", rank=0, world_size=N, store=FakeStore()
     )
     torch.manual_seed(0)
-    found = play(lab.make_mesh(dp=N)["dp"], lab.GPT(LARGE), *args)
+    found = play(lab.make_mesh(**axes)[list(axes)[-1]], lab.GPT(config), *args)
     torch.distributed.destroy_process_group()
     return found
 
@@ -57,7 +60,7 @@ def as_rank_0(play, *args):
 def fake_world():
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        yield lambda play, *args: pool.submit(as_rank_0, play, *args).result()
+        yield lambda *args: pool.submit(as_rank_0, *args).result()
 
 
 def take_step(model, optimizer):
@@ -86,7 +89,31 @@ def own_engine(mesh, model, stage):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_step_moves_the_bytes_of_the_formula(fake_world, stage):
-    found, formula = fake_world(own_engine, stage)
+    found, formula = fake_world(own_engine, {"dp": N}, LARGE, stage)
+    assert found == formula
+
+
+def tensor_parallel(mesh, model, sequence_parallel):
+    options = {"sequence_parallel": sequence_parallel}
+    with collectives.off():  # of objects there is only garbage
+        plan = lab.gpt_tensor_parallel_plan(model.config, **options)
+        lab.apply_tensor_parallel(model, mesh, plan, **options)
+    tokens = torch.zeros(2, 32, dtype=torch.int64)
+    with lab.count_comms() as log:
+        model(tokens).sum().backward()
+    cuts = gpt_layer_cuts(model.config.shape, **options)
+    formula = tensor_parallel_bytes(cuts, tokens=tokens.numel(), **options)
+    found = {op: log["tp", op].payload_bytes for op in formula}
+    assert sum(found.values()) == log["tp"].payload_bytes  # nothing else
+    return found, formula
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_32_ranks_that_cut_layers_move_the_bytes_of_the_formula(
+    fake_world, sequence_parallel
+):
+    axes = {"dp": N // 32, "tp": 32}
+    found, formula = fake_world(tensor_parallel, axes, HEADS, sequence_parallel)
     assert found == formula
 
 
@@ -109,7 +136,7 @@ def padded_rows(parameter: nn.Parameter) -> int:
 
 def test_fsdp2_moves_twice_as_many(fake_world):
     """It gives each rank whole rows of each weight, so 384 rows are sent as 1024."""
-    found = fake_world(fsdp2)
+    found = fake_world(fsdp2, {"dp": N}, LARGE)
     model = lab.GPT(LARGE)
     padded = sum(map(padded_rows, model.parameters()))
     assert found == {FSDP2["all_gather"]: 2 * padded, FSDP2["reduce_scatter"]: padded}
