@@ -28,6 +28,8 @@ NAMES = (
     "faults",
     "launch",
     "optimizers",
+    "pipeline",
+    "tensor_parallel",
     "train",
     "zero",
 )

@@ -75,6 +75,8 @@ def training_step(
     micro_batch_size: int,
     losses: dict[str, Tensor],
     name: str,
+    *,
+    is_replicated: bool = False,
 ) -> Callable[[], None]:
     """Return a function that takes a step and leaves its loss in `losses[name]`.
 
@@ -84,9 +86,10 @@ def training_step(
         micro_batch_size: Sequences on each rank.
         losses: Where the loss goes.
         name: Its key there.
+        is_replicated: All ranks see the same batch, not each its own.
     """
     generator = torch.Generator(torch.get_default_device())
-    generator.manual_seed(dist.get_rank())
+    generator.manual_seed(0 if is_replicated else dist.get_rank())
     shape = (micro_batch_size, config.sequence_length + 1)
     text = torch.randint(config.vocab_size, shape, generator=generator)
     x, y = text[:, :-1].contiguous(), text[:, 1:].contiguous()

@@ -17,7 +17,9 @@ from labpkg.bench import (
     data_parallel,
     faults,
     optimizers,
+    pipeline,
     steps,
+    tensor_parallel,
     train,
     zero,
 )
@@ -117,6 +119,37 @@ def test_quick_rows_of_zero():
     assert {"labpkg:stage 3, kept", "labpkg:stage 3, kept:messages"} < set(kept)
     for table in (stages, freed, kept):
         assert all(row["peak_bytes"] > WEIGHTS_AND_STATE for row in table.values())
+
+
+def test_quick_rows_of_tensor_parallel():
+    rows = tensor_parallel.rows(quick=True)
+    assert all(set(row) == ROW for row in rows)
+    bases = tensor_parallel.BASE, tensor_parallel.BASE_SEQUENCE
+    found = tables(rows, *bases)
+    assert len(found) == 4
+    for whole, sequence in (found[:2], found[2:]):
+        assert {"labpkg", "labpkg:fused"} < set(whole)
+        ours = {"labpkg:sequence parallel", "labpkg:fused, sequence parallel"}
+        assert ours < set(sequence)
+
+
+def test_matrices_for_queries_keys_and_values_compute_what_one_does():
+    fused = lab.GPT(steps.SMALL)
+    tokens = torch.randint(256, (2, 8))
+    want = fused(tokens)
+    assert torch.allclose(tensor_parallel._split(fused)(tokens), want, atol=1e-5)
+
+
+def test_quick_rows_of_pipeline():
+    rows = pipeline.rows(quick=True)
+    assert all(set(row) == ROW for row in rows)
+    bases = [pipeline._by_torch(name) for name in pipeline._TORCH]
+    everything, *pairs = tables(rows, pipeline.BASE, *bases)
+    ours = [f"labpkg:{name}" for name in pipeline._TORCH]
+    assert set(everything) == {pipeline.DEFAULT, *bases, *ours}
+    assert [[*pair] for pair in pairs] == [
+        [*pair] for pair in zip(bases, ours, strict=True)
+    ]
 
 
 def test_a_mesh_of_messages_has_no_shared_memory(world2):
