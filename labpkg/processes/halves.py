@@ -12,7 +12,6 @@ Parallelism, arXiv:2401.10241.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +34,11 @@ class Product(NamedTuple):
     bias: Tensor | None
     x: Tensor
     gradient: Tensor
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What gets a gradient."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
 class DeferWeights(TorchFunctionMode):
@@ -113,23 +117,36 @@ class _Linear(torch.autograd.Function):
         return None, None, None, dx, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
-def finish_weights(products: Iterable[Product]) -> None:
+def finish_weights(products: list[Product]) -> None:
     """Compute the gradients that were put off and accumulate them, hooks included.
 
+    It is one backward pass: each hook runs once, also that of a weight which was used
+    several times, and each product is accumulated before the next one is computed.
+
     Args:
-        products: What backward has put off.
+        products: What backward has put off; the list is empty afterwards.
     """
-    leaves: list[Tensor] = []
-    gradients: list[Tensor] = []
-    for weight, bias, x, gradient in products:
+    roots = [_Later.apply(p, *p.parameters) for p in products]
+    products.clear()  # each product goes as soon as it is computed
+    if roots:
+        torch.autograd.backward(roots, [torch.empty_like(root) for root in roots])  # pyright: ignore
+
+
+class _Later(torch.autograd.Function):
+    """Nothing forward; backward gives the gradients of one product."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Product, *parameters: Tensor) -> Tensor:
+        ctx.product = product
+        return parameters[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple:  # pyright: ignore
+        weight, bias, x, gradient = ctx.product
+        del ctx.product
         rows = gradient.reshape(-1, gradient.shape[-1])  # (R, F)
-        leaves.append(weight)
-        gradients.append((rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype))
-        if bias is not None:
-            leaves.append(bias)
-            gradients.append(rows.sum(0).to(bias.dtype))
-    if leaves:
-        torch.autograd.backward(leaves, gradients)
+        dw = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        return None, dw, *([] if bias is None else [rows.sum(0).to(bias.dtype)])
 
 
 def enter(x: Tensor, gradient: list[Tensor], anchor: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ def test_halves_are_the_whole(shape):
         assert torch.allclose(dx[0], inputs.grad, rtol=1e-12)
         assert defer.num_layers == len(products) == 4
         finish_weights(products)
+        assert not products
         assert sorted(fired) == sorted((name, True) for name in gradients(whole))
         assert {name for name, _ in fired} - early == LATE
     for name, gradient in gradients(whole).items():
