@@ -11,9 +11,13 @@ from labpkg.processes.in_place import (
     all_gather_,
     all_reduce_,
     broadcast_,
+    exchange_,
+    irecv,
+    isend,
     reduce_scatter_,
     slice_bounds,
 )
+from labpkg.processes.traffic import always_on
 
 
 def slices(num_elements: int, messages: bool, deterministic: bool) -> dict:
@@ -124,3 +128,56 @@ def test_slices_are_those_of_tensor_split(num_elements, n):
     cuts = torch.arange(num_elements).tensor_split(n)
     for rank, part in enumerate(cuts):
         assert [*range(*slice_bounds(num_elements, n, rank))] == part.tolist()
+
+
+def messages() -> dict:
+    """Send a number to the next rank and a tag to the one before, in three ways."""
+    mesh = lab.make_mesh(dp=4)["dp"]
+    rank = mesh.get_local_rank()
+    after, before = (rank + 1) % 4, (rank - 1) % 4
+    found = {}
+
+    def buffers() -> list[torch.Tensor]:
+        return [torch.full((3,), -1.0), torch.full((2,), -1.0)]
+
+    own, tag = torch.full((3,), float(rank)), torch.full((2,), 10.0 * rank)
+    outs = buffers()
+    with lab.count_comms() as log:
+        works = [
+            irecv(outs[0], before, mesh, tag=1),
+            irecv(outs[1], after, mesh, tag=2),
+            isend(tag, before, mesh, tag=2),
+            isend(own, after, mesh, tag=1),
+        ]
+        for work in works:
+            work.wait()
+    found["one by one"] = outs, log["dp", "send"]
+    outs = buffers()
+    outgoing = [(own, after, 1), (tag, before, 2)]
+    with lab.count_comms() as log:
+        exchange_(outgoing, [(outs[0], before, 1), (outs[1], after, 2)], mesh).wait()
+    found["exchange"] = outs, log["dp", "send"]
+    outs = buffers()
+    with collectives.off():
+        irecv(outs[0], before, mesh).wait()
+        exchange_(outgoing, [(outs[1], after, 2)], mesh).wait()
+        with always_on():
+            found["always on"] = lab.all_reduce(torch.ones(1), mesh).item()
+        assert lab.all_reduce(torch.ones(1), mesh).item() == 1
+    found["off"] = outs
+    with pytest.raises(ValueError, match="not contiguous"):
+        isend(torch.ones(3, 2).t(), after, mesh)
+    return found
+
+
+def test_messages(world4):
+    for rank, found in enumerate(world4.run(messages)):
+        before, after = float((rank - 1) % 4), float((rank + 1) % 4)
+        for way, num_calls in (("one by one", 2), ("exchange", 1)):
+            (first, second), count = found[way]
+            assert first.tolist() == [before] * 3
+            assert second.tolist() == [10 * after] * 2
+            assert (count.calls, count.payload_bytes) == (num_calls, 20)
+            assert count.wire_bytes == 20
+        assert not any(out.any() for out in found["off"])
+        assert found["always on"] == 4
