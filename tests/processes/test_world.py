@@ -57,6 +57,18 @@ def test_closures_and_classes_travel(world4):
     assert type(got[0]) is Answer
 
 
+def test_an_attribute_that_is_called_like_a_module_of_torch_travels(world2):
+    assert "torch.distributed.config" in sys.modules
+
+    def fn(model):
+        return model.config.width * dist.get_rank()
+
+    model = lab.GPT(
+        lab.GPTConfig(num_layers=1, width=8, num_heads=1, sequence_length=2)
+    )
+    assert world2.run(fn, model) == [0, 8]
+
+
 def test_keyword_arguments_may_have_any_other_name(world2):
     assert world2.run(lambda **kw: kw, fn=1, self=2) == [{"fn": 1, "self": 2}] * 2
 
