@@ -4,15 +4,20 @@ The same function runs in each place, so the cases on the CPU keep it right wher
 is no GPU.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import labpkg as lab
 
 NUM_GPUS = torch.cuda.device_count()
-CONFIG = {"num_layers": 2, "width": 32, "num_heads": 2, "sequence_length": 16}
+CONFIG = {"num_layers": 2, "width": 32, "num_heads": 4, "sequence_length": 16}
 ENGINES = ["data_parallel", "zero 1", "zero 2", "fully_shard"]
+ENGINES += ["tensor", "tensor sequence", "pipeline 1f1b", "pipeline h1"]
 
 
 def on_gpus(world_size, backend, num_gpus):
@@ -30,15 +35,18 @@ PLACES = [
 ]
 
 
-def train(engine: str | None) -> dict:
-    """Train for three steps on the own device; return the whole state on the CPU."""
+def gpt(seed: int) -> lab.GPT:
+    with torch.device("cpu"):  # the generators of CPU and GPU differ
+        torch.manual_seed(seed)
+        model = lab.GPT(lab.GPTConfig(**CONFIG)).to(torch.float64)
+    return model.to(torch.get_default_device())
+
+
+def by_data(engine: str | None) -> tuple[nn.Module, Optimizer, Callable]:
+    """Return the model, its optimizer, and what a step does with a batch."""
     mesh = lab.make_mesh(dp=dist.get_world_size())["dp"]
     n, rank = mesh.size(), mesh.get_local_rank()
-    with torch.device("cpu"):  # the generators of CPU and GPU differ
-        torch.manual_seed(0 if engine is None else rank)
-        model = lab.GPT(lab.GPTConfig(**CONFIG)).to(torch.float64)
-    model = model.to(torch.get_default_device())
-    loss_model = model
+    loss_model = model = gpt(0 if engine is None else rank)
     make = lambda cls, *more, **options: cls(
         lab.param_groups(model, weight_decay=0.1), *more, lr=1e-3, **options
     )
@@ -51,13 +59,44 @@ def train(engine: str | None) -> dict:
         optimizer = make(lab.ZeroOptimizer, lab.AdamW, mesh, stage=stage)
     else:
         optimizer = make(lab.AdamW)
+
+    def accumulate(x: Tensor, y: Tensor) -> None:
+        x, y = (t.chunk(n)[rank] for t in (x, y))
+        lab.cross_entropy(loss_model(x), y).backward()
+
+    return model, optimizer, accumulate
+
+
+def by_layers(engine: str) -> tuple[nn.Module, Optimizer, Callable]:
+    """Do the same where ranks divide the model and see the whole batch."""
+    n, (kind, _, variant) = dist.get_world_size(), engine.partition(" ")
+    if kind == "tensor":
+        mesh = lab.make_mesh(tp=n)["tp"]
+        model = gpt(mesh.get_local_rank())
+        options = {"sequence_parallel": variant == "sequence"}
+        plan = lab.gpt_tensor_parallel_plan(model.config, **options)
+        lab.apply_tensor_parallel(model, mesh, plan, **options)
+        accumulate = lambda x, y: lab.cross_entropy(model(x), y).backward()
+    else:
+        mesh = lab.make_mesh(pp=n)["pp"]
+        make = {"1f1b": lab.one_f_one_b, "h1": lab.zero_bubble}[variant]
+        stage = lab.split_stages(gpt(0), n)[mesh.get_local_rank()]
+        model = lab.Pipeline(stage, make(n, 4), mesh, loss_fn=lab.cross_entropy)
+        accumulate = model.step
+    groups = lab.param_groups(model, weight_decay=0.1)
+    return model, lab.AdamW(groups, lr=1e-3), accumulate
+
+
+def train(engine: str | None) -> dict:
+    """Train for three steps on the own device; return the whole state on the CPU."""
+    divides = engine is not None and engine.startswith(("tensor", "pipeline"))
+    model, optimizer, accumulate = (by_layers if divides else by_data)(engine)
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(256, (3, 4, 17), generator=generator)
     norms = []
     for batch in tokens.to(torch.get_default_device()):
-        mine = batch.chunk(n)[rank]
-        lab.cross_entropy(loss_model(mine[:, :-1]), mine[:, 1:]).backward()
+        accumulate(batch[:, :-1], batch[:, 1:])
         norms.append(lab.clip_grad_norm(model, 0.5).item())
         optimizer.step()
         optimizer.zero_grad()
