@@ -36,8 +36,8 @@ class _Pickler(cloudpickle.CloudPickler):
             if on_gpu or obj.untyped_storage().nbytes() > 2 * obj.nbytes + 4096:
                 copy = obj.detach().cpu().clone().requires_grad_(obj.requires_grad)
                 return copy.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
-        # cloudpickle sends along the submodules that a function seems to name, but knows
-        # plain modules only: torch.distributed.config is of another class.
+        # cloudpickle sends along the submodules that a function seems to name, but
+        # knows plain modules only: torch.distributed.config is of another class.
         is_special = isinstance(obj, ModuleType) and type(obj) is not ModuleType
         if is_special and sys.modules.get(obj.__name__) is obj:
             return importlib.import_module, (obj.__name__,)
