@@ -26,10 +26,10 @@ from labpkg.processes.clock import Clock
 from labpkg.processes.cuts import Place, mark_place
 from labpkg.processes.in_place import all_reduce_, broadcast_
 from labpkg.processes.mail import Mailbox, OrderedMailbox
-from labpkg.processes.negotiation import StageInfo, inner, introduce, negotiate
+from labpkg.processes.negotiation import StageInfo, agree, inner, introduce, negotiate
 from labpkg.processes.ties import Ties
 from labpkg.processes.traffic import axis_of
-from labpkg.processes.transport import orders_messages
+from labpkg.processes.transport import uses_gloo
 from labpkg.processes.walk import Plan, Reducer, Walk, plan_of
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -69,6 +69,10 @@ class Pipeline(nn.Module):
     Communication: the activations that pass between ranks, forward, and as many bytes
     of gradients, backward, once per micro-batch; an all_reduce of the loss; each holder
     of a tied parameter sends its gradient to each other holder.
+
+    Reference:
+        Narayanan et al. 2021, Efficient Large-Scale Language Model Training on GPU
+        Clusters Using Megatron-LM, arXiv:2104.04473.
     """
 
     def __init__(
@@ -116,7 +120,8 @@ class Pipeline(nn.Module):
 
         Raises:
             ValueError: On every rank, if M does not divide B, if a stage does not take
-                what the one before returns, or if gradients are disabled.
+                what the one before returns, if a tied parameter is cut by ZeRO, or if
+                gradients are disabled.
         """
         if not torch.is_grad_enabled():
             raise ValueError("a step needs gradients; call it outside torch.no_grad()")
@@ -193,8 +198,8 @@ class Pipeline(nn.Module):
         clock: Clock | None = None,
     ) -> list[Tensor]:
         """Walk through the actions and return the results of the last stage."""
-        is_ordered = orders_messages(self._axis.group, self._device)
-        kind = OrderedMailbox if is_ordered else Mailbox
+        has_tags = uses_gloo(self._axis.group, self._device)
+        kind = Mailbox if has_tags else OrderedMailbox
         mail = kind(plan.route, plan.shapes.inputs, len(xs), self.mesh, self._device)
         finish = lambda out, m: out if ys is None else self.loss_fn(out, ys[m])
         walk = Walk(
@@ -246,6 +251,7 @@ class Pipeline(nn.Module):
     def _plan(self, x: Tensor, y: Tensor | None) -> list[Plan]:
         """Agree on shapes; return what to do without gradients, and with them."""
         finish = lambda out: out if y is None else self.loss_fn(out, y)
+        agree(self._ties.require_whole, self.mesh)
         num_stages = self.schedule.num_stages
         shapes = negotiate(self._modules_of, num_stages, x, finish, self.mesh)
         if (shapes.result.shape == ()) != (y is not None):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from labpkg.processes.cuts import Place, mark_place
+from labpkg.processes.flat import shard_of
 from labpkg.processes.in_place import exchange_
 from labpkg.processes.transport import Work
 
@@ -95,6 +96,21 @@ class Ties:
             else:
                 exchange_([], [(copy, owner, tie.number)], self._mesh).wait()
                 tie.parameter.detach().copy_(copy)
+
+    def require_whole(self) -> None:
+        """Refuse a copy whose gradient is cut before those of all copies are summed.
+
+        Raises:
+            ValueError: If ZeRO has cut one.
+        """
+        for tie in self._own:
+            if tie.parameter is not None and shard_of(tie.parameter) is not None:
+                raise ValueError(
+                    f"parameter {tie.number} of the model, {tuple(tie.parameter.shape)}"
+                    f", is tied between the ranks {list(tie.ranks)} of the pipeline, "
+                    "and ZeRO cuts its gradient before they can sum it; use "
+                    "DataParallel around the stages, or do not tie"
+                )
 
     def put_aside(self) -> None:
         """Keep what was accumulated before: only what is new is summed."""

@@ -331,17 +331,7 @@ def sendrecv(
     x: Tensor, out: Tensor, group: ProcessGroup, dst: int, src: int
 ) -> Transfer:
     """Send `x` to rank `dst` of the group while `out` is filled by rank `src`."""
-    if not uses_gloo(group, x.device):  # NCCL: one kernel for both, or they block
-        ops = [
-            dist.P2POp(dist.isend, x, group=group, group_peer=dst),
-            dist.P2POp(dist.irecv, out, group=group, group_peer=src),
-        ]
-        works = [_work(work) for work in dist.batch_isend_irecv(ops)]
-        return Transfer(_Then(works, lambda: None), float(x.nbytes))
-    received = recv(out, group, src, 0)  # posted first: gloo's sends wait for it
-    sent = send(x, group, dst, 0)
-    both = _Then([received.work, sent.work], lambda: None)
-    return Transfer(both, sent.wire_bytes)
+    return exchange([(x, dst, 0)], [(out, src, 0)], group)
 
 
 def exchange(
@@ -351,8 +341,7 @@ def exchange(
 ) -> Transfer:
     """Move several messages (tensor, peer, tag) at once, none waiting for another.
 
-    NCCL runs them as one kernel; its messages have no tags, so both ends of a pair must
-    name theirs in the same order. gloo posts the receives first: its sends wait.
+    NCCL runs one kernel and knows no tags: both ends of a pair name theirs in one order.
     """
     sent = float(sum(x.nbytes for x, _, _ in outgoing))
     tensors = [x for x, _, _ in (*outgoing, *incoming)]
@@ -369,11 +358,6 @@ def exchange(
         works = [_work(work) for work in dist.batch_isend_irecv(ops)]
     # The closure holds what NCCL still reads or writes.
     return Transfer(_Then(works, lambda: tensors), sent)
-
-
-def orders_messages(group: ProcessGroup, device: torch.device) -> bool:
-    """Whether messages have no tags and meet in the order of the calls, as in NCCL."""
-    return not uses_gloo(group, device)
 
 
 def by_torch(collective: str, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import labpkg as lab
 from labpkg.parallelism import pipeline
 from labpkg.parallelism.pipeline import Pipeline
+from labpkg.parallelism.zero import ZeroOptimizer
 from labpkg.planning.actions import Schedule
 from labpkg.planning.cost import data_parallel_bytes
 from labpkg.planning.model_parallel import pipeline_bytes
@@ -337,7 +338,7 @@ def test_data_parallel_stages_reduce_once(world4, name):
 
 def in_order(name: str) -> tuple[float, float]:
     """Move messages as for NCCL: no tags, in batches, one per tick."""
-    pipeline.orders_messages = lambda group, device: True  # in this process only
+    pipeline.uses_gloo = lambda group, device: False  # in this process only
     kinds = set()
     close = OrderedMailbox.close
     OrderedMailbox.close = lambda self: (kinds.add(type(self)), close(self))[1]
@@ -538,6 +539,12 @@ def errors() -> tuple[float, float]:
         own = [(stages if s < 2 else others)[s] for s in v.stages_of(rank)]
         return Pipeline(own, v, mesh, loss_fn=lab.cross_entropy)
 
+    def cut_tie():
+        pipe = make(gpt(), schedule, mesh, loss_fn=lab.cross_entropy)
+        dp = lab.make_mesh(pp=n)["dp"]
+        optimizer = ZeroOptimizer(pipe.parameters(), lab.SGD, dp, stage=1, lr=0.1)
+        return pipe.step(*tokens()), optimizer
+
     def returns(what, at=1):
         return stage(module=Wrong(what if rank == at else lambda x: x)).step(x, y)
 
@@ -557,6 +564,7 @@ def errors() -> tuple[float, float]:
         ),
         "pass stage s of one split_stages": lambda: build(model=tower(8 + rank)),
         "two tensors on this rank": break_tie,
+        "ZeRO cuts its gradient before": cut_tie,
         "not divisible into 6": lambda: build().step(x[1:], y[1:]),
         "y of shape .* is not divisible": lambda: build().step(x, y[:-1]),
         "y has 6 rows on cpu, x has 12": lambda: build().step(x, y[:6]),
