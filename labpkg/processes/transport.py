@@ -341,7 +341,7 @@ def exchange(
 ) -> Transfer:
     """Move several messages (tensor, peer, tag) at once, none waiting for another.
 
-    NCCL runs one kernel and knows no tags: both ends of a pair name theirs in one order.
+    NCCL runs one kernel, without tags: both ends of a pair name theirs in one order.
     """
     sent = float(sum(x.nbytes for x, _, _ in outgoing))
     tensors = [x for x, _, _ in (*outgoing, *incoming)]
