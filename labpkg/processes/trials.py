@@ -39,8 +39,8 @@ def undisturbed(modules: Iterable[nn.Module], device: torch.device) -> Iterator[
 def without_gradients() -> Iterator[None]:
     """Build no graph inside the block.
 
-    Autocast keeps the weights that it has cast for later, but those of this block have
-    no gradient.
+    Autocast may keep the weights that it has cast here for later, where those without a
+    graph would have no gradient (torch 2.13 looks whether they have one).
     """
     with torch.no_grad():
         yield
