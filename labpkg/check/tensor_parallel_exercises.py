@@ -340,7 +340,7 @@ _CHEAPEST_CUTS = Exercise(
     arguments=("widths", "n"),
     reference=_fewest,
     cases=[
-        ([4, 16, 4], 4),
+        ([4, 32, 4], 4),
         ([4, 16, 64, 16, 4], 2),
         ([8, 8], 4),
         ([16, 4, 16], 2),
