@@ -1,7 +1,7 @@
 """Two engines at a time on four ranks train what one process trains.
 
 Each step accumulates two batches, clips the norm of all gradients, and takes a step of
-AdamW. The weights of the model are tied, so stages and slices share them.
+AdamW. Where the engines allow it the weights are tied, so that stages share them.
 """
 
 from contextlib import nullcontext
@@ -103,21 +103,28 @@ def data_and_tensor(engine, sequence_parallel):
     return train(model, optimizer, accumulate)
 
 
-def with_pipeline(other, schedule, tied, sequence_parallel):
+def with_pipeline(engine, schedule, tied):
     """Cut the layers into stages, and each stage or its batch over two ranks."""
+    schedule, model = SCHEDULES[schedule], gpt(tied=tied)
+    other = "tp" if engine.startswith("tensor") else "dp"
     mesh = lab.make_mesh(pp=2, **{other: 2})
     axis, rank = mesh[other], mesh["pp"].get_local_rank()
-    schedule, model = SCHEDULES[schedule], gpt(tied=tied)
     if other == "tp":
-        options = {"sequence_parallel": sequence_parallel}
+        options = {"sequence_parallel": engine == "tensor sequence"}
         plan = gpt_tensor_parallel_plan(CONFIG, **options)
         model = apply_tensor_parallel(model, axis, plan, **options)
     stages = split_stages(model, schedule.num_stages)
     own = [stages[i] for i in schedule.stages_of(rank)]
-    if other == "dp":
+    if engine == "DataParallel":
         own = [lab.DataParallel(stage, axis, bucket_bytes=2**10) for stage in own]
+    if engine == "fully_shard":
+        own = [lab.fully_shard(stage, axis) for stage in own]
     loss_fn = lambda output, y: lab.cross_entropy(output, y) / NUM_PASSES
     pipe = Pipeline(own, schedule, mesh["pp"], loss_fn=loss_fn)
+    if engine == "ZeroOptimizer":
+        optimizer = lab.ZeroOptimizer(groups(pipe), lab.AdamW, axis, stage=2, lr=1e-2)
+    else:
+        optimizer = lab.AdamW(groups(pipe), lr=1e-2)
 
     def accumulate(x, y, _):
         if other == "dp":
@@ -125,7 +132,7 @@ def with_pipeline(other, schedule, tied, sequence_parallel):
         loss = NUM_PASSES * pipe.step(x, y)
         return lab.all_reduce(loss, axis, op="mean")
 
-    return train(pipe, lab.AdamW(groups(pipe), lr=1e-2), accumulate)
+    return train(pipe, optimizer, accumulate)
 
 
 @pytest.fixture(scope="module")
@@ -160,21 +167,21 @@ def test_data_and_tensor_parallel(world4, references, engine, sequence_parallel)
 
 
 @pytest.mark.parametrize(
-    ("other", "schedule", "tied", "sequence_parallel"),
+    ("engine", "schedule", "tied"),
     [
-        ("dp", "1f1b", True, False),
-        ("dp", "interleaved", True, False),
-        ("dp", "zb-h1", True, False),
+        ("DataParallel", "1f1b", True),
+        ("DataParallel", "interleaved", True),
+        ("DataParallel", "zb-h1", True),
         # Both ends lie on one rank, each in a wrapper: these must not share a weight.
-        ("dp", "zb-v", False, False),
-        ("tp", "1f1b", True, False),
-        ("tp", "interleaved", True, True),
-        ("tp", "zb-h1", True, True),
-        ("tp", "zb-v", True, False),
+        ("DataParallel", "zb-v", False),
+        # They cut gradients, of which tied copies need the whole.
+        ("ZeroOptimizer", "zb-h1", False),
+        ("fully_shard", "1f1b", False),
+        ("tensor", "1f1b", True),
+        ("tensor", "zb-v", True),
+        ("tensor sequence", "interleaved", True),
+        ("tensor sequence", "zb-h1", True),
     ],
 )
-def test_pipeline_and_another(
-    world4, references, other, schedule, tied, sequence_parallel
-):
-    ranks = world4.run(with_pipeline, other, schedule, tied, sequence_parallel)
-    check(ranks, references[tied])
+def test_pipeline_and_another(world4, references, engine, schedule, tied):
+    check(world4.run(with_pipeline, engine, schedule, tied), references[tied])
