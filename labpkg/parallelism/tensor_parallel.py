@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from labpkg.foundations.models import GPTConfig
 from labpkg.processes.collectives import broadcast
+from labpkg.processes.cuts import cut_of
 from labpkg.processes.flat import shard_of
 from labpkg.processes.messages import all_gather_object
 from labpkg.processes.parallel_layers import (
@@ -35,14 +36,19 @@ from labpkg.processes.parallel_layers import (
     block_lengths,
     cut_layout,
 )
-from labpkg.processes.region_hooks import Border, RankRandom, SumGradients
+from labpkg.processes.region_hooks import (
+    Border,
+    RankRandom,
+    Region,
+    SumGradients,
+)
 from labpkg.processes.region_plans import (
     SEES_WHOLE,
     Match,
     inside,
     match_plan,
 )
-from labpkg.processes.regions import f, f_sequence, join_sequence, split_sequence
+from labpkg.processes.regions import join_sequence, split_sequence
 from labpkg.processes.replicas import (
     broadcast_state,
     release,
@@ -73,36 +79,40 @@ def apply_tensor_parallel(
     """Cut the layers that a plan names over the ranks of an axis, in place.
 
     Keys of the plan are `fnmatch` patterns over `model.named_modules()`, in which a
-    star matches dots too; each must match a module. Values:
+    star matches dots too; each must match a module. Values for an `nn.Linear`::
 
-    | value | module | what happens |
-    |---|---|---|
-    | `column` | `nn.Linear` | output features are cut; each rank returns its own |
-    | `column:U` | | in units of U rows, such as a head: `column:64` |
-    | `column_fused:K` | | K equal matrices are stacked, each is cut: q, k, v |
-    | `column_fused:A+B+C` | | matrices of A, B and C rows: q, k, v with grouped heads |
-    | `column_gather` | | as `column`, but each rank returns all features: a head |
-    | `row`, `row:U` | `nn.Linear` | input features are cut; the outputs are added up |
-    | `vocab` | `nn.Embedding` | the vocabulary is cut; each rank returns all |
-    | `region` | any | its first input enters once, for all column layers inside |
-    | `dropout` | any | random numbers in its forward differ by rank |
+        column               output features are cut; each rank returns its own
+        column:U             in units of U rows, such as a head: column:64
+        column_fused:K       K equal matrices are stacked, each is cut: q, k, v
+        column_fused:A+B+C   matrices of A, B and C rows: q, k, v with grouped heads
+        column_fused:...:U   either, in units of U rows
+        column_gather        as column, but each rank returns all features: a head
+        row, row:U           input features are cut; the outputs are added up
+
+    For an `nn.Embedding`, and for any module::
+
+        vocab                the vocabulary is cut; each rank returns all
+        region               column layers inside that share an input enter it once
+        partial              it sees the rank's features, as a norm of each head does:
+                             gradients of its parameters add up
+        dropout              random numbers in its forward differ by rank, as they must
+                             where ranks hold different features or positions
 
     With `sequence_parallel` activations between the layers are cut along T, dim 1:
     `column` gathers T, `row` returns this rank's positions, and each parameter must be
-    named, for one that sees a slice of the positions has a part of its gradient only.
+    named, for one that sees a slice of the positions has a part of its gradient only::
 
-    | value | module | what happens |
-    |---|---|---|
-    | `sequence` | a norm; any | gradients, but of modules named otherwise, add up |
-    | `sequence_scatter` | an embedding; any | its output is cut along T |
-    | `vocab_sequence` | `nn.Embedding` | as `vocab`, and its output is cut along T |
-    | `sequence_gather` | any | its first input is gathered along T |
-    | `whole` | any | it sees all positions; nothing happens |
+        sequence             a norm; any: gradients add up, but of what is named inside
+        sequence_scatter     an embedding; any: its output is cut along T
+        vocab_sequence       nn.Embedding: as vocab, and its output is cut along T
+        sequence_gather      any: its first input is gathered along T
+        whole                any: it sees all positions; nothing happens
 
     All ranks take parameters, buffers and torch's random state from rank 0 of the axis,
     so whatever their seeds, what is drawn later is equal, but inside `dropout`. Inputs
     and output are the same on all ranks. Parameters stay the same objects: tied ones
-    stay tied, `cut_of` says how each is cut. Gradients are dropped.
+    stay tied, `cut_of` says how each is cut. Gradients are dropped. Layers must be
+    called: nobody else may compute with the weights of one that is cut.
 
     Args:
         model: The same on every rank but for values; it reshapes to -1 heads.
@@ -128,20 +138,21 @@ def apply_tensor_parallel(
     require_same_model(model, mesh)
     _require_same_plan(plan, sequence_parallel, mesh)
     matches = match_plan(model, plan)
-    whole = inside(matches, SEES_WHOLE)
-    summed = _summed_parameters(model, matches) if sequence_parallel else {}
-    layouts = _layouts(matches, mesh, sequence_parallel)
+    summed = _summed_parameters(model, matches, sequence_parallel)
+    regions = _regions(matches, mesh)
+    layouts = _layouts(matches, mesh, regions, sequence_parallel)
     _check_values(matches, sequence_parallel)
     _check_parameters(model, layouts)
     model.zero_grad()
-    broadcast_state((*model.parameters(), *model.buffers()), mesh)
+    state = (*model.parameters(), *model.buffers())
+    # A layer that was built parallel has its own slice on each rank.
+    broadcast_state([t for t in state if cut_of(t) is None], mesh)
     _share_random_state(mesh)
     for match, layout in layouts:
         match.module.__class__ = _LAYERS[match.rule.kind][1]
         cast(ParallelLayer, match.module).take_layout(layout)
     for match in matches:
-        is_sequence = sequence_parallel and match.module not in whole
-        _add_hooks(match, mesh, is_sequence, summed.get(match.module, ()))
+        _add_hooks(match, mesh, regions, summed)
     return model
 
 
@@ -186,25 +197,44 @@ def _require_same_plan(
             )
 
 
+def _regions(matches: list[Match], mesh: DeviceMesh) -> dict[nn.Module, Region]:
+    """Return the region around each module that has one."""
+    columns = {m.module for m in matches if m.rule.kind.startswith("column")}
+    regions: dict[nn.Module, Region] = {}
+    for match in matches:
+        if match.rule.kind == "region":
+            within = set(match.module.modules())
+            if len(within & columns) < 2:
+                raise ValueError(
+                    f"{match.name}: 'region' lets column layers share an input, but "
+                    f"the plan names {len(within & columns)} inside; leave it out"
+                )
+            regions |= dict.fromkeys(within, Region(mesh))
+    return regions
+
+
 def _layouts(
-    matches: list[Match], mesh: DeviceMesh, sequence_parallel: bool
+    matches: list[Match],
+    mesh: DeviceMesh,
+    regions: dict[nn.Module, Region],
+    sequence_parallel: bool,
 ) -> list[tuple[Match, Layout]]:
     """Say how each layer that is to be cut will lie, or refuse."""
-    plain, entered = inside(matches, SEES_WHOLE), inside(matches, ("region",))
+    whole = inside(matches, SEES_WHOLE)
     layouts = []
     for match in matches:
         layer, rule = match.module, match.rule
         if rule.kind not in _LAYERS:
             continue
         _check_layer(match)
-        is_sequence = sequence_parallel and layer not in plain and rule.kind != "vocab"
-        is_entered = rule.kind.startswith("column") and layer in entered
         dim, blocks = _dim_and_blocks(match, mesh.size())
         layout = cut_layout(
             *(layer, mesh, dim, blocks),
-            is_sequence=is_sequence and not is_entered,
+            is_sequence=sequence_parallel
+            and layer not in whole
+            and rule.kind != "vocab",
             gathers=rule.kind == "column_gather",
-            enters=not is_entered,
+            region=regions.get(layer),
         )
         layouts.append((match, layout))
     return layouts
@@ -299,30 +329,30 @@ def _require_free(name: str, parameter: nn.Parameter) -> None:
 
 
 def _summed_parameters(
-    model: nn.Module, matches: list[Match]
-) -> dict[nn.Module, tuple[str, ...]]:
-    """Return which gradients each `sequence` module adds up; all must be named."""
-    done = {
-        parameter
-        for match in matches
-        if match.rule.kind in (*_LAYERS, *SEES_WHOLE)
-        for parameter in match.module.parameters()
-    }
-    summed: dict[nn.Module, tuple[str, ...]] = {}
-    for match in matches:
-        if match.rule.kind == "sequence":
-            inside = dict(match.module.named_parameters())
-            names = tuple(name for name, p in inside.items() if p not in done)
-            summed[match.module] = names
-            done.update(inside.values())
-    for name, parameter in model.named_parameters():
-        if parameter not in done:
-            raise ValueError(
-                f"the plan does not name the module of {name}: if it sees a slice of "
-                "the sequence, each rank would have a part of its gradient only; name "
-                "it 'sequence', or 'whole' if it sees all positions"
-            )
-    return summed
+    model: nn.Module, matches: list[Match], sequence_parallel: bool
+) -> set[nn.Parameter]:
+    """Return the parameters of which each rank sees a slice, or refuse."""
+    cut = {match.module for match in matches if match.rule.kind in _LAYERS}
+    whole = inside(matches, SEES_WHOLE) | cut
+    parts = inside(matches, ("sequence",)) - whole | inside(matches, ("partial",)) - cut
+    seen: dict[nn.Parameter, tuple[str, bool]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            is_part = module in parts
+            if sequence_parallel and not is_part and module not in whole:
+                raise ValueError(
+                    f"the plan does not name the module of {name}: if it sees a slice "
+                    "of the sequence, each rank would have a part of its gradient "
+                    "only; name it 'sequence', or 'whole' if it sees all positions"
+                )
+            first, was_part = seen.setdefault(parameter, (name, is_part))
+            if was_part != is_part:
+                raise ValueError(
+                    f"{first} and {name} are one parameter, but one of them sees a "
+                    "slice and the other all, so its gradient is neither a part nor "
+                    "whole; name their modules alike"
+                )
+    return {parameter for parameter, (_, is_part) in seen.items() if is_part}
 
 
 def _share_random_state(mesh: DeviceMesh) -> None:
@@ -337,17 +367,20 @@ def _share_random_state(mesh: DeviceMesh) -> None:
 
 
 def _add_hooks(
-    match: Match, mesh: DeviceMesh, is_sequence: bool, summed: tuple[str, ...]
+    match: Match,
+    mesh: DeviceMesh,
+    regions: dict[nn.Module, Region],
+    summed: set[nn.Parameter],
 ) -> None:
     module, kind = match.module, match.rule.kind
     cast(Any, module)._labpkg_rule = kind
     if kind == "region":
-        enter = f_sequence if is_sequence else f
-        Border(mesh, enter, is_entry=True).before(module)
+        regions[module].around(module)
     elif kind == "dropout":
         RankRandom(mesh).around(module)
-    elif kind == "sequence":
-        SumGradients(mesh, summed).around(module)
+    elif kind in ("partial", "sequence"):
+        names = [name for name, p in module.named_parameters() if p in summed]
+        SumGradients(mesh, names).around(module)
     elif kind == "sequence_scatter":
         Border(mesh, split_sequence).after(module)
     elif kind == "sequence_gather":

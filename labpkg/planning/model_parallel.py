@@ -28,7 +28,8 @@ class LayerCut(NamedTuple):
     Attributes:
         kind: Its value in the plan, such as `column` or `row:64`. Column layers inside
             a `region` enter with it and are left out.
-        in_features: Of the whole layer; of `sequence` the elements of its parameters.
+        in_features: Of the whole layer; of `sequence` and `partial` the elements of
+            their parameters.
         out_features: Of the whole layer.
     """
 
@@ -83,8 +84,8 @@ def tensor_parallel_bytes(
     on the wire, and `column` gathers its input once more for dW instead of keeping it.
 
     Args:
-        layers: `LayerCut`s, or such tuples, of a model that is trained, its embedding
-            too: a first layer whose input needs no gradient sends nothing.
+        layers: Each a `LayerCut`, or such a tuple, of a model that is trained, its
+            embedding too: a first layer whose input needs no gradient sends nothing.
         tokens: B T, of the whole sequences.
         itemsize: Bytes of an activation, and of a parameter of `sequence`.
         sequence_parallel: Cut activations along T between the layers.
@@ -135,6 +136,7 @@ def _cut_traffic(
         "row": leave,
         "region": enter,
         "vocab": [("all_reduce", leaving)],
+        "partial": [("all_reduce", elements)],
         "dropout": [],
     }
     if in_slices:

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from labpkg.processes.cuts import Cut, cut_of, mark_cut
-from labpkg.processes.region_hooks import is_entry
+from labpkg.processes.region_hooks import Region
 from labpkg.processes.regions import (
     ColumnLinear,
     RowLinear,
     check_sequence,
+    f,
+    f_sequence,
     g,
     g_sequence,
     join,
@@ -42,15 +44,14 @@ class Layout:
         cuts: How each parameter that is cut is cut, by its name in the layer.
         is_sequence: Whether activations outside the layer are cut along T.
         gathers: Whether a column layer returns all features.
-        enters: Whether a column layer is itself the border of the region; else a
-            module around it is.
+        region: What shares the entry of a column layer with others, if anything.
     """
 
     mesh: DeviceMesh
     cuts: dict[str, Cut]
     is_sequence: bool = False
     gathers: bool = False
-    enters: bool = True
+    region: Region | None = None
 
     def __deepcopy__(self, memo: dict) -> Self:
         return self  # a copied layer lies on the same axis
@@ -116,15 +117,14 @@ class ParallelLayer(nn.Module):
             parameter = self.get_parameter(name)
             if cut_of(parameter) is None:
                 parameter.data = cut.take(parameter.data)
-        self._mark()
-
-    def _mark(self) -> None:
-        for name, cut in self.layout.cuts.items():
-            mark_cut(self.get_parameter(name), cut)
+            mark_cut(parameter, cut)
+        # Without hooks nn.TransformerEncoderLayer reads the weights and does not call.
+        self.register_forward_pre_hook(_do_nothing)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._mark()  # torch copies a parameter without its marks
+        for name, cut in self.layout.cuts.items():
+            mark_cut(self.get_parameter(name), cut)  # torch copies no marks
 
     def extra_repr(self) -> str:
         """Show the whole sizes and the number of slices."""
@@ -157,7 +157,8 @@ class ColumnParallelLinear(ParallelLayer, nn.Linear):
         `sequence_parallel` x (B, T/n, in) -> (B, T, out/n)
 
     Raises:
-        ValueError: If n does not divide the features (of each block, in whole units).
+        ValueError: If n does not divide the features (of each block, in whole units);
+            in forward, if x does not have all.
 
     Communication: nothing forward, an all_reduce of dx backward. With
     `sequence_parallel` an all_gather of x forward and again for dW, a reduce_scatter of
@@ -180,18 +181,13 @@ class ColumnParallelLinear(ParallelLayer, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        n = mesh.size()
         blocks = block_lengths(
-            "out_features", out_features, n, unit=unit, blocks=blocks
+            *("out_features", out_features, mesh.size()), unit=unit, blocks=blocks
         )
         super().__init__(in_features, out_features, bias, device, dtype)
         _start_equal(self, mesh)
-        layout = cut_layout(
-            *(self, mesh, 0, blocks),
-            is_sequence=sequence_parallel,
-            gathers=gather_output,
-        )
-        self.take_layout(layout)
+        options = {"is_sequence": sequence_parallel, "gathers": gather_output}
+        self.take_layout(cut_layout(self, mesh, 0, blocks, **options))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return this rank's features, or all of them.
@@ -200,22 +196,23 @@ class ColumnParallelLinear(ParallelLayer, nn.Linear):
             input: All features; of this rank's positions with `sequence_parallel`.
 
         Raises:
-            ValueError: If the layer is inside a `region` and this did not enter it, or
-                for activations without a sequence.
+            ValueError: If there are not all features, or no sequence where it is cut.
         """
-        layout = self.layout
-        if layout.is_sequence:
-            check_sequence(input)
-        if not layout.enters and not is_entry(input):
+        mesh, is_sequence, entered = self.layout.mesh, self.layout.is_sequence, None
+        if input.shape[-1] != self.in_features:
             raise ValueError(
-                "a column layer inside a 'region' must get what entered it as it is, "
-                f"got another tensor of shape {tuple(input.shape)}; drop the 'region'"
+                f"a column layer takes all {self.in_features} features, got "
+                f"{input.shape[-1]}; cut the layer before it by `row`, or let it gather"
             )
-        x, weight, bias = _cast(input, self.weight, self.bias)
-        y = ColumnLinear.apply(
-            x, weight, bias, layout.mesh, layout.enters, layout.is_sequence
-        )
-        return join(y, layout.mesh) if layout.gathers else y
+        if is_sequence:
+            check_sequence(input)
+        if self.layout.region is not None:
+            enter = f_sequence if is_sequence else f
+            entered = self.layout.region.entered(input, enter)
+        enters = entered is None
+        x, weight, bias = _cast(input if enters else entered, self.weight, self.bias)
+        y = ColumnLinear.apply(x, weight, bias, mesh, enters, is_sequence and enters)
+        return join(y, mesh) if self.layout.gathers else y
 
 
 class RowParallelLinear(ParallelLayer, nn.Linear):
@@ -350,9 +347,7 @@ class VocabParallelEmbedding(ParallelLayer, nn.Embedding):
             padding = None
         y = F.embedding(own.masked_fill(elsewhere, 0), self.weight, padding)
         y = y.masked_fill(elsewhere.unsqueeze(-1), 0)
-        if not self.layout.is_sequence:
-            return g(y, mesh)
-        return g_sequence(y, mesh)
+        return g_sequence(y, mesh) if self.layout.is_sequence else g(y, mesh)
 
 
 def cut_layout(
@@ -360,7 +355,7 @@ def cut_layout(
     mesh: DeviceMesh,
     dim: int,
     blocks: tuple[int, ...],
-    **options: bool,
+    **options: Any,
 ) -> Layout:
     """Return the layout of a whole layer of which one dim is to be cut.
 
@@ -378,6 +373,9 @@ def cut_layout(
         if parameter.ndim > dim
     }
     return Layout(mesh=mesh, cuts=cuts, **options)
+
+
+def _do_nothing(*_: Any) -> None: ...
 
 
 def _start_equal(layer: nn.Module, mesh: DeviceMesh) -> None:

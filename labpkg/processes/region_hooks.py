@@ -1,8 +1,9 @@
 """Hooks that let a module border on a tensor-parallel region, its code unchanged.
 
-`Border` changes what enters or leaves a module, `RankRandom` gives it random numbers of
-its own on each rank, `SumGradients` completes the gradients of a module that sees a
-slice of the positions. A deep copy of the model keeps them, on the same axis.
+`Border` changes what enters or leaves a module, `Region` lets layers inside share an
+entry, `RankRandom` gives a module random numbers of its own on each rank,
+`SumGradients` completes the gradients of one that sees a slice of the activations. A
+deep copy of the model keeps them, on the same axis.
 
 Chapter: parallelism/tensor_parallel. References: Shoeybi et al. 2019, arXiv:1909.08053;
 Korthikanti et al. 2022, arXiv:2205.05198.
@@ -10,7 +11,7 @@ Korthikanti et al. 2022, arXiv:2205.05198.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, Self
 
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from labpkg.processes.in_place import all_reduce_
 
+Operator = Callable[[Tensor, DeviceMesh], Tensor]
 Args = tuple[Any, ...]
 Options = dict[str, Any]
 
@@ -46,19 +48,11 @@ class Border(_Hook):
     Args:
         mesh: The tensor-parallel axis.
         change: An operator of `regions`.
-        is_entry: Mark the input for the column layers inside, which must get it as it
-            is: they leave the all_reduce of its gradient to this border.
     """
 
-    def __init__(
-        self,
-        mesh: DeviceMesh,
-        change: Callable[[Tensor, DeviceMesh], Tensor],
-        *,
-        is_entry: bool = False,
-    ) -> None:
+    def __init__(self, mesh: DeviceMesh, change: Operator) -> None:
         super().__init__(mesh)
-        self.change, self.is_entry = change, is_entry
+        self.change = change
 
     def before(self, module: nn.Module) -> None:
         """Change the first input of each forward.
@@ -95,15 +89,51 @@ class Border(_Hook):
                 f"which is a {type(x).__name__} and no tensor; name a module inside or "
                 "around it"
             )
-        y = self.change(x, self.mesh)
-        if self.is_entry:
-            y._labpkg_entry = True  # pyright: ignore[reportAttributeAccessIssue]
-        return y
+        return self.change(x, self.mesh)
 
 
-def is_entry(x: Tensor) -> bool:
-    """Whether a border has entered this tensor into a region."""
-    return getattr(x, "_labpkg_entry", False)
+class Region(_Hook):
+    """Let layers inside a module that get the same tensor enter it once.
+
+    Only these layers see what has entered. Whatever else the module does with the
+    tensor, such as a residual sum, has its whole gradient already.
+
+    Args:
+        mesh: The tensor-parallel axis.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__(mesh)
+        self.open: list[dict[Hashable, tuple[Tensor, Tensor]]] = []
+
+    def around(self, module: nn.Module) -> None:
+        """Share in each forward.
+
+        Args:
+            module: Around the layers.
+        """
+        module.register_forward_pre_hook(self._enter)
+        module.register_forward_hook(self._leave, always_call=True)
+
+    def entered(self, x: Tensor, enter: Operator) -> Tensor | None:
+        """Return what an operator makes of an input; None outside of the module.
+
+        Args:
+            x: The input of a layer.
+            enter: `f` or `f_sequence`.
+        """
+        if not self.open:
+            return None
+        known, key = self.open[-1], (id(x), enter, torch.is_grad_enabled())
+        if key not in known:
+            known[key] = x, enter(x, self.mesh)  # keeps x, or another gets its id
+        return known[key][1]
+
+    def _enter(self, module: nn.Module, args: Args) -> None:
+        self.open.append({})
+
+    def _leave(self, module: nn.Module, args: Args, output: Any) -> None:
+        self.open.pop()
 
 
 class RankRandom(_Hook):
@@ -151,7 +181,7 @@ class RankRandom(_Hook):
 
 
 class SumGradients(_Hook):
-    """Add up over the ranks the gradients of parameters that see some positions only.
+    """Add up over the ranks the gradients of parameters that see a slice only.
 
     The hook is the tensor's, not one for accumulated gradients: each backward adds the
     sum of its own parts, whatever is there already.
@@ -161,7 +191,7 @@ class SumGradients(_Hook):
         names: Which parameters, as the module calls them.
     """
 
-    def __init__(self, mesh: DeviceMesh, names: tuple[str, ...]) -> None:
+    def __init__(self, mesh: DeviceMesh, names: Sequence[str]) -> None:
         super().__init__(mesh)
         self.names = names
 

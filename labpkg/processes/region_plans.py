@@ -8,6 +8,7 @@ Chapter: parallelism/tensor_parallel.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,8 +19,10 @@ from torch import nn
 
 SEES_WHOLE = ("whole", "sequence_scatter", "sequence_gather")
 """Values of modules inside which all positions are seen."""
-_CUTS = ("column", "column_fused", "column_gather", "row", "vocab", "vocab_sequence")
-_KINDS = (*_CUTS, "region", "dropout", "sequence", *SEES_WHOLE)
+_CUTS = ("column", "column_gather", "row", "vocab", "vocab_sequence")
+_WORDS = (*_CUTS, "region", "partial", "dropout", "sequence", *SEES_WHOLE)
+_UNITS = re.compile(r"(column|row):([1-9]\d*)")
+_FUSED = re.compile(r"column_fused:([1-9]\d*(?:\+[1-9]\d*)*)(?::([1-9]\d*))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +92,21 @@ def match_plan(model: nn.Module, plan: Mapping[str, str]) -> list[Match]:
 
 def _read(pattern: str, value: str) -> Rule:
     """Read a value of the plan."""
-    kind, colon, sizes = str(value).partition(":")
-    try:
-        if not colon and kind in _KINDS and kind != "column_fused":
-            return Rule(kind)
-        if kind in ("column", "column_gather", "row") and int(sizes) > 0:
-            return Rule(kind, unit=int(sizes))
-        if kind == "column_fused" and "+" in sizes:
-            return Rule(kind, blocks=tuple(int(size) for size in sizes.split("+")))
-        if kind == "column_fused" and int(sizes) > 0:
-            return Rule(kind, num_blocks=int(sizes))
-    except ValueError:
-        pass  # a size that is no number: the value is unknown
+    value = str(value)
+    if value in _WORDS:
+        return Rule(value)
+    if units := _UNITS.fullmatch(value):
+        return Rule(units[1], unit=int(units[2]))
+    if fused := _FUSED.fullmatch(value):
+        blocks, unit = tuple(map(int, fused[1].split("+"))), int(fused[2] or 1)
+        if len(blocks) == 1:
+            return Rule("column_fused", unit=unit, num_blocks=blocks[0])
+        return Rule("column_fused", unit=unit, blocks=blocks)
     raise ValueError(
         f"{pattern!r}: {value!r} is no value of a plan; choose one of "
-        f"{', '.join(_KINDS)}, with whole rows as in column:64 or row:64, with blocks "
-        "as in column_fused:3 or column_fused:64+16+16"
+        f"{', '.join(_WORDS)}, with whole rows as in column:64 or row:64, with blocks "
+        "as in column_fused:3 or column_fused:64+16+16, with both as in column_fused:"
+        "64+16+16:16"
     )
 
 

@@ -67,7 +67,7 @@ def _start_join(x: Tensor, mesh: DeviceMesh, dim: int) -> _Pending:
     parts = x.new_empty((n, *x.shape))
     work = all_gather_(parts.view(-1), x.view(-1), mesh)
     dim = dim % x.ndim
-    return _Pending(work, lambda: parts.movedim(0, dim).flatten(dim, dim + 1))
+    return _Pending(work, lambda: _owned(parts.movedim(0, dim).flatten(dim, dim + 1)))
 
 
 def _start_sum_slice(x: Tensor, mesh: DeviceMesh, dim: int) -> _Pending:
@@ -75,6 +75,14 @@ def _start_sum_slice(x: Tensor, mesh: DeviceMesh, dim: int) -> _Pending:
     part = torch.empty_like(parts[0])
     work = reduce_scatter_(part.view(-1), parts.view(-1), mesh)
     return _Pending(work, lambda: part)
+
+
+def _owned(x: Tensor) -> Tensor:
+    """Return a view of memory that nobody else has as a tensor of its own.
+
+    Autograd lets nobody change a view in place that comes out of one of our functions.
+    """
+    return x.data
 
 
 def _same(x: Tensor) -> Tensor:
@@ -94,7 +102,8 @@ def _sum_slice(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
 
 
 def _slice(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    return x.chunk(mesh.size(), dim)[mesh.get_local_rank()].contiguous()
+    own = x.chunk(mesh.size(), dim)[mesh.get_local_rank()]
+    return own.clone(memory_format=torch.contiguous_format)
 
 
 class _Border(torch.autograd.Function):
@@ -302,7 +311,7 @@ class ColumnLinear(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         whole = _join(x, mesh, SEQUENCE_DIM) if is_sequence else x
-        return F.linear(whole, weight, bias)
+        return _owned(F.linear(whole, weight, bias))
 
     @staticmethod
     @once_differentiable

@@ -34,6 +34,7 @@ class GroupedAttention(nn.Module):
 
     def __init__(self, is_fused: bool) -> None:
         super().__init__()
+        self.heads = nn.RMSNorm(4)  # of queries; a rank sees its own heads
         self.is_fused = is_fused
         if is_fused:
             self.qkv = nn.Linear(D, 32)
@@ -49,18 +50,21 @@ class GroupedAttention(nn.Module):
         else:
             parts = self.q(x), self.k(x), self.v(x)
         q, k, v = (p.unflatten(-1, (-1, 4)).transpose(1, 2) for p in parts)
+        q = self.heads(q)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
 class GatedMLP(nn.Module):
+    """Its input enters two layers, and a sum."""
+
     def __init__(self) -> None:
         super().__init__()
         self.gate, self.up = nn.Linear(D, 24, bias=False), nn.Linear(D, 24)
         self.down = nn.Linear(24, D)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class LlamaBlock(nn.Module):
@@ -113,7 +117,8 @@ class Pool(nn.Module):
 LLAMA = {
     "*.q": "column:4",
     "*.[kv]": "column:4",
-    "*.qkv": "column_fused:16+8+8",
+    "*.qkv": "column_fused:16+8+8:4",
+    "*.heads": "partial",
     "*.out": "row:4",
     "*.gate": "column",
     "*.up": "column",
@@ -244,14 +249,14 @@ def is_equal_on_all_ranks(model, mesh) -> bool:
     return bool((lab.all_gather(flat[None], mesh) == flat).all())
 
 
-def train(case: Case, is_off: bool = False):
-    """Return deviations of losses, gradients and parameters over three steps."""
+def train(case: Case, num_steps: int = 2, is_off: bool = False):
+    """Return deviations of losses, gradients and parameters over some steps."""
     mesh, reference, model = start(case)
     models = (reference, model)
     optimizers = [lab.AdamW(m.parameters(), lr=1e-2, eps=1e-2) for m in models]
     deviations = []
     with collectives.off() if is_off else nullcontext():
-        for step in range(3):
+        for step in range(num_steps):
             for micro_batch in range(2):  # accumulated
                 tokens, targets = batch(2 * step + micro_batch)
                 loss = loss_of(case, mesh, model(tokens), targets)
@@ -267,12 +272,15 @@ def train(case: Case, is_off: bool = False):
         return max(deviations), is_equal_on_all_ranks(model, mesh)
 
 
-def train_all(cases: dict[str, Case], is_off: bool = False):
-    return {name: train(case, is_off) for name, case in cases.items()}
+def train_all(cases: dict[str, Case], **options):
+    return {name: train(case, **options) for name, case in cases.items()}
 
 
 def test_models_train_as_in_one_process(world2, world4):
-    for ranks in (world4.run(train_all, CASES), world2.run(train_all, GROUPED)):
+    name = "gpt, sequence, parallel loss"
+    of_four = world4.run(train_all, {name: CASES[name]}, num_steps=1)
+    of_two = world2.run(train_all, CASES | GROUPED)
+    for ranks in (of_four, of_two):
         for results in ranks:
             for name, (deviation, is_equal) in results.items():
                 assert deviation < TOLERANCE, name
@@ -288,7 +296,7 @@ def test_one_rank_runs_the_same_lines():
 
 
 def test_without_communication_everything_deviates(world2):
-    for results in world2.run(train_all, CASES | GROUPED, is_off=True):
+    for results in world2.run(train_all, CASES | GROUPED, is_off=True, num_steps=1):
         for name, (deviation, _) in results.items():
             assert deviation > 1e-3, name
 
@@ -296,10 +304,11 @@ def test_without_communication_everything_deviates(world2):
 def test_without_the_sum_the_gradients_of_norms_are_parts(world2):
     def run():
         region_hooks.SumGradients._sum = lambda self, gradient: gradient
-        return train(CASES["gpt, sequence"])
+        names = "gpt, sequence", "llama"  # norms of positions, of heads
+        return [train((CASES | GROUPED)[name], num_steps=1)[0] for name in names]
 
-    for deviation, _ in world2.run(run):
-        assert deviation > 1e-3
+    for deviations in world2.run(run):
+        assert min(deviations) > 1e-3
 
 
 def test_the_weights_are_those_of_the_first_rank(world2):
@@ -397,19 +406,20 @@ def test_recomputation_repeats_everything(world2):
 
 
 def test_a_gpt_with_recomputed_blocks_has_the_same_gradients(world2):
-    def run(sequence):
-        case = gpt_case(sequence=sequence)
-        _, reference, model = start(case)
-        assert isinstance(model, lab.GPT)
+    def run(name):
+        _, reference, model = start((CASES | GROUPED)[name])
         tokens, targets = batch(0)
-        x = model.embedding(tokens)
         for block in model.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        lab.cross_entropy(model.head(x), targets).backward()
+            whole = lambda x, cache=None, block=block: type(block).forward(block, x)
+            block.forward = lambda x, cache=None, whole=whole: checkpoint(
+                whole, x, use_reentrant=False
+            )
+        lab.cross_entropy(model(tokens), targets).backward()
         lab.cross_entropy(reference(tokens), targets).backward()
         return difference(model, reference, gradients=True)
 
-    assert max(world2.run(lambda: max(run(False), run(True)))) < TOLERANCE
+    names = "gpt", "gpt, sequence", "llama, regions", "llama, regions, sequence"
+    assert max(world2.run(lambda: max(map(run, names)))) < TOLERANCE
 
 
 # ---- what people do with models ----------------------------------------------------
@@ -470,6 +480,63 @@ def test_frozen_layers_stay_frozen_and_may_thaw(world2):
         return max(found)
 
     assert max(world2.run(lambda: max(run(False), run(True)))) < TOLERANCE
+
+
+def test_a_second_plan_leaves_what_is_parallel_alone(world2):
+    def run():
+        mesh, reference, model = start(
+            Case(lambda: lab.MLP(4, 6, 4, 6, 4), {"0": "column", "2": "row"})
+        )
+        apply_tensor_parallel(model, mesh, {"4": "column", "6": "row"})
+        return difference(model, reference, gradients=False)
+
+    assert world2.run(run) == [0, 0]
+
+
+def test_layers_of_torch_and_changes_in_place(world2):
+    class Encoder(nn.TransformerEncoderLayer):
+        """Without gradients it computes with weights of layers that have no hooks."""
+
+        def __init__(self) -> None:
+            super().__init__(D, 4, 32, 0.0, batch_first=True)
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear1, self.linear2 = nn.Linear(D, 32), nn.Linear(32, D)
+            self.last = nn.Linear(D, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.linear2(self.linear1(x).relu_()).sigmoid_()
+            return self.last(x.tanh_()).sin_()
+
+    def run():
+        found = []
+        plan = {"linear1": "column", "linear2": "row"}
+        ends = {"last": "column_gather"}
+        sequence = {"": "sequence", "linear1": "column", "linear2": "row"} | ends
+        cases = (
+            Case(Encoder, plan),
+            Case(InPlace, plan | ends),
+            Case(InPlace, sequence, sequence_parallel=True),
+        )
+        for case in cases:
+            mesh, reference, model = start(case)
+            for batch_size in (1, 3):
+                x = torch.randn(batch_size, 4, D, generator=torch.Generator())
+                own = x.chunk(2, 1)[mesh.get_local_rank()]
+                own = own if case.sequence_parallel else x
+                found.append((model(own) - reference(x)).abs().max().item())
+                for m, mine in ((model, own), (reference, x)):
+                    m.zero_grad()
+                    m(mine).square().sum().backward()
+                found.append(difference(model, reference, gradients=True))
+                with torch.no_grad():
+                    y, expected = model.eval()(own), reference.eval()(x)
+                found.append((y - expected).abs().max().item())
+        return max(found)
+
+    assert max(world2.run(run)) < TOLERANCE
 
 
 def test_an_optimizer_made_before_trains_the_slices(world2):
@@ -555,10 +622,53 @@ def test_a_region_enters_once(world2):
             loss_of(case, mesh, model(tokens), targets).backward()
         return log["tp", "all_reduce"].calls
 
-    # Embedding, head; per block two sums forward, and backward one of each column layer
-    # or one of each region.
-    assert world2.run(run, "llama")[0] == 2 + 2 * (2 + 5)
-    assert world2.run(run, "llama, regions")[0] == 2 + 2 * (2 + 2)
+    # Embedding, head; for each block the norm of heads, sums forward, and backward
+    # one of each column layer or one of each region.
+    assert world2.run(run, "llama")[0] == 2 + 2 * (1 + 2 + 5)
+    assert world2.run(run, "llama, regions")[0] == 2 + 2 * (1 + 2 + 2)
+
+
+def test_a_layer_in_a_region_may_be_called_alone(world2):
+    def run():
+        gradients = []
+        for m in start(GROUPED["llama, regions"])[1:]:
+            mlp = m.get_submodule("blocks.0.mlp")
+            x = torch.ones(3, D, requires_grad=True)
+            with torch.no_grad():
+                mlp(x)  # leaves nothing behind
+            mlp(x).sum().backward()
+            m.get_submodule("blocks.0.attention.out")(
+                m.get_submodule("blocks.0.attention.q")(x)
+            ).sum().backward()
+            gradients.append(x.grad)
+        return (gradients[0] - gradients[1]).abs().max().item()
+
+    assert max(world2.run(run)) < TOLERANCE
+
+
+def test_layers_of_a_region_share_only_what_has_gradients(world2):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(D, 4), nn.Linear(D, 4)
+            self.out = nn.Linear(4, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                gate = self.left(x)
+            return self.out(gate * self.right(x))
+
+    def run():
+        plan = {"": "region", "left": "column", "right": "column", "out": "row"}
+        _, reference, model = start(Case(Twice, plan))
+        leaves = []
+        for m in (model, reference):
+            x = torch.ones(3, D, requires_grad=True)
+            m(x).square().sum().backward()
+            leaves.append(x.grad)
+        return (leaves[0] - leaves[1]).abs().max().item()
+
+    assert max(world2.run(run)) < TOLERANCE
 
 
 def test_autocast(world2):
@@ -593,6 +703,8 @@ BAD = {
     "'column:x' is no value": {"head.output": "column:x"},
     "'column:0' is no value": {"head.output": "column:0"},
     "'column_fused' is no value": {"head.output": "column_fused"},
+    "'column_fused:2:0' is no value": {"head.output": "column_fused:2:0"},
+    "'column_gather:2' is no value": {"head.output": "column_gather:2"},
     "'vocab:3' is no value": {"head.output": "vocab:3"},
     "is named twice, by '*.mlp.up' as 'column'": {"*.mlp.up": "column", "*.up": "row"},
     "is a LayerNorm, but 'row' cuts a Linear": {"blocks.0.mlp_norm": "row"},
@@ -603,6 +715,9 @@ BAD = {
     "in_features=15 is not a multiple of 4": {"blocks.0.attention.out": "row:4"},
     "is not the sum of blocks": {"*.qkv": "column_fused:15+15"},
     "is not 2 equal matrices": {"*.qkv": "column_fused:2"},
+    "15 = 3 units of 5 is not divisible by tp=2": {"*.qkv": "column_fused:3:5"},
+    "5 = 1 units of 5 is not divisible by tp=2": {"*.qkv": "column_fused:20+20+5:5"},
+    "but the plan names 1 inside": {"*.mlp": "region", "*.mlp.up": "column"},
     "are one parameter, but would be cut in two ways": {"embedding.tokens": "vocab"},
     "'sequence' has no effect without": {"head.norm": "sequence"},
 }
@@ -612,8 +727,14 @@ BAD_SEQUENCE = {
         "embedding": "sequence_scatter",
         "*.up": "column",
     },
+    "embedding.tokens.weight and head.output.weight are one parameter, but one of": {
+        "embedding": "sequence_scatter",
+        "blocks.?": "sequence",
+        "head": "sequence",
+    },
     "'vocab' returns all positions": {
         "embedding.tokens": "vocab",
+        "head.output": "column",
         "embedding.positions": "whole",
         "blocks.?": "sequence",
         "head.norm": "sequence",
@@ -695,15 +816,18 @@ def test_bad_activations_raise_before_communication(world2):
     def run():
         messages = []
         _, _, model = start(CASES["gpt, sequence"])
-        _, _, inner = start(GROUPED["llama, regions"])
+        _, _, classifier = start(GROUPED["classifier, sequence"])
         _, _, llama = start(GROUPED["llama, sequence"])
+        pool = classifier.get_submodule("pool")
         calls = (
             lambda: model(torch.zeros(1, 5, dtype=torch.long)),
             lambda: llama(torch.zeros(1, 5, dtype=torch.long)),
             lambda: llama.blocks[0].attention.q(torch.zeros(4, D)),
             lambda: llama.blocks[0].attention.out(torch.zeros(1, 5, 8)),
-            lambda: inner.blocks[0].attention.q(torch.zeros(4, D)),
-            lambda: inner.blocks[0].attention(x=[1.0]),
+            lambda: llama.blocks[0].attention.q(torch.zeros(1, 4, D // 2)),
+            lambda: pool(torch.zeros(4, D)),
+            lambda: pool(x=[1.0]),
+            lambda: pool(),
         )
         for call in calls:
             with lab.count_comms() as log, pytest.raises(ValueError) as error:
@@ -716,8 +840,10 @@ def test_bad_activations_raise_before_communication(world2):
         "T=5 is not divisible by tp=2",
         "cuts T of (B, T, ...), got (4, 16)",
         "T=5 is not divisible by tp=2",
-        "inside a 'region'",
+        "takes all 16 features, got 8",
+        "cuts T of (B, T, ...), got (4, 16)",
         "is a list and no tensor",
+        "is a NoneType and no tensor",
     )
     for messages, calls in world2.run(run):
         assert calls == 0

@@ -107,19 +107,20 @@ def test_a_gpt_sends_what_is_predicted(world2):
 
 
 class Mixed(nn.Module):
-    """A region with two columns, a vocabulary cut along T, and a mixer of positions."""
+    """Two columns that share an entry, norms, tokens cut along T, a mix of positions."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(6, 4)
         self.norm = nn.LayerNorm(4)
         self.pair = Pair()
-        self.down = nn.Linear(8, 4)
+        self.gain, self.down = nn.RMSNorm(2), nn.Linear(8, 4)
         self.mix = Mix()
 
     def forward(self, tokens):
         x = self.norm(self.embed(tokens))
-        return self.mix(x + self.down(self.pair(x)))
+        hidden = self.pair(x).unflatten(-1, (-1, 2))  # heads
+        return self.mix(x + self.down(self.gain(hidden).flatten(-2)))
 
 
 class Pair(nn.Module):
@@ -149,6 +150,7 @@ MIXED = {
     "norm": "sequence",
     "pair": "region",
     "pair.*": "column",
+    "gain": "partial",
     "down": "row",
     "mix": "sequence_gather",
 }
@@ -156,6 +158,7 @@ MIXED_LAYERS = [
     ("vocab_sequence", 6, 4),
     ("sequence", 8, 8),
     ("region", 4, 4),
+    ("partial", 2, 2),
     ("row", 8, 4),
     ("sequence_gather", 4, 4),
 ]

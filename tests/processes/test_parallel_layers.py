@@ -330,6 +330,9 @@ def test_bad_sizes_raise_before_communication(world2):
             ),
             "in_features=9 is not divisible": lambda: RowParallelLinear(9, 4, mesh),
             "num_embeddings=9": lambda: VocabParallelEmbedding(9, 4, mesh),
+            "takes all 8 features, got 4": lambda: ColumnParallelLinear(8, 4, mesh)(
+                torch.ones(4)
+            ),
             "this rank's 4 of 8 features, got 8": lambda: RowParallelLinear(8, 4, mesh)(
                 torch.ones(8)
             ),
