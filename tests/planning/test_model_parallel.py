@@ -107,7 +107,7 @@ def test_a_gpt_sends_what_is_predicted(world2):
 
 
 class Mixed(nn.Module):
-    """Two columns that share an entry, norms, tokens cut along T, a mix of positions."""
+    """Columns that share an entry, norms, tokens cut along T, a mix of positions."""
 
     def __init__(self):
         super().__init__()
