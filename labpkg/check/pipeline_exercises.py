@@ -125,8 +125,8 @@ _FEWEST_MICRO_BATCHES = Exercise(
         (2, 0.5),
         (1, 0.25),
         (8, 0.125),
-        (16, 0.0625),
-        (64, 0.125),
+        (6, 0.0625),
+        (9, 0.125),
     ],
     mistakes={
         "micro-batches are whole: round up": lambda P, bubble: max(
@@ -195,8 +195,8 @@ _PEAK_IN_FLIGHT = Exercise(
             actions, "B"
         ),
     },
-    hint="go through the list with one counter that F raises and the end of backward "
-    "lowers",
+    hint="write beside each action which micro-batches have begun and not ended after "
+    "it; where are they most?",
 )
 
 
@@ -215,6 +215,20 @@ def _warmed_up(ahead: int, num_micro_batches: int) -> list[str]:
 
 def _gpipe(stage: int, num_stages: int, num_micro_batches: int) -> list[str]:
     return _warmed_up(num_micro_batches, num_micro_batches)
+
+
+def _by_turns(stage: int, num_stages: int, num_micro_batches: int) -> list[str]:
+    return _warmed_up(1, num_micro_batches)
+
+
+def _with_stage(stage: int, num_stages: int, num_micro_batches: int) -> list[str]:
+    order = _order(stage, num_stages, num_micro_batches)
+    return [f"{stage}{action}" for action in order]
+
+
+def _from_one(stage: int, num_stages: int, num_micro_batches: int) -> list[str]:
+    order = _order(stage, num_stages, num_micro_batches)
+    return [action[0] + str(int(action[1:]) + 1) for action in order]
 
 
 def _from_wrong_end(stage: int, num_stages: int, num_micro_batches: int) -> list[str]:
@@ -255,6 +269,7 @@ _ONE_F_ONE_B_ORDER = Exercise(
     arguments=("stage", "num_stages", "num_micro_batches"),
     reference=_order,
     cases=[
+        (1, 5, 8),  # all mistakes differ here, so that the hint is the right one
         (0, 3, 5),
         (1, 4, 8),
         (2, 3, 5),
@@ -269,6 +284,8 @@ _ONE_F_ONE_B_ORDER = Exercise(
     ],
     mistakes={
         "this is GPipe: backward should begin before the last forward": _gpipe,
+        "this waits for each gradient before the next forward: the stages after this "
+        "one have nothing to do meanwhile": _by_turns,
         "the first stage has the longest way to the loss, not the last": (
             _from_wrong_end
         ),
@@ -282,6 +299,8 @@ _ONE_F_ONE_B_ORDER = Exercise(
             _not_drained
         ),
         "the oldest micro-batch comes back first": _newest_first,
+        "leave the stage away: the actions of one stage are such as F3": _with_stage,
+        "micro-batches are numbered from 0": _from_one,
     },
     hint="write down what the last stage does, then the one before it; compare with "
     "the grid that printing `lab.one_f_one_b` shows",
@@ -299,14 +318,9 @@ def _least_slowest(costs: Sequence[int], num_stages: int) -> int:
 def _num_filled(costs: Sequence[int], bound: int) -> int:
     filled, load = 1, 0
     for cost in costs:
-        filled, load = (
-            (filled, load + cost)
-            if load + cost <= bound
-            else (
-                filled + 1,
-                cost,
-            )
-        )
+        if load + cost > bound:
+            filled, load = filled + 1, 0
+        load += cost
     return filled
 
 
@@ -345,7 +359,7 @@ _BEST_CUT = Exercise(
     arguments=("costs", "num_stages"),
     reference=_least_slowest,
     cases=[
-        ([5, 1, 1, 4, 6, 2], 3),
+        ([5, 6, 2, 4, 5, 1], 3),  # all mistakes differ here
         ([2, 2, 2, 2], 2),
         ([7, 1, 1, 1], 3),
         ([3, 1, 4, 1, 5, 9, 2, 6], 1),
@@ -360,6 +374,8 @@ _BEST_CUT = Exercise(
         "this is the mean; a layer cannot be cut, and the slowest stage counts": (
             lambda costs, P: sum(costs) / P
         ),
+        "this is the mean, rounded up; where the cuts are the slowest stage may need "
+        "more": lambda costs, P: -(-sum(costs) // P),
         "layers take different times: equal numbers of them are no equal times": (
             _equal_counts
         ),
@@ -371,6 +387,6 @@ _BEST_CUT = Exercise(
             lambda costs, P: max(costs)
         ),
     },
-    hint="try all places of the last cut: what is before it is the same task with one "
-    "stage fewer",
+    hint="write down all cuts of five layers into two stages, and how slow the slower "
+    "one is: the least of these is asked for",
 )

@@ -135,7 +135,7 @@ _MICRO_BATCH_GRADIENTS = Exercise(
     arguments=("x", "y", "weights", "num_micro_batches"),
     reference=_gradients,
     cases=[
-        _batch(4, (3, 2, 5), 2),
+        _batch(6, (3, 2, 5), 3),  # all mistakes differ here
         _batch(6, (3, 4, 2), 1),
         _batch(6, (2, 3), 6),
         _batch(12, (5, 4, 3, 2), 3),
@@ -154,6 +154,18 @@ _MICRO_BATCH_GRADIENTS = Exercise(
             x, y, weights, slope=False
         ),
         "this is the gradient of the sum over samples, not of the mean": _total,
+        "the loss is half of the squared distance": lambda x, y, weights, M: [
+            2 * g for g in _backward(x, y, weights)
+        ],
+        "the loss is the mean over samples; the squares of one sample are added": (
+            lambda x, y, weights, M: [g / y.shape[1] for g in _backward(x, y, weights)]
+        ),
+        "the sign is turned: a gradient points uphill": lambda x, y, weights, M: [
+            -g for g in _backward(x, y, weights)
+        ],
+        "these are in the order of backward; return them in that of the weights": (
+            lambda x, y, weights, M: _backward(x, y, weights)[::-1]
+        ),
         "these are transposed: a gradient has the shape of its weight": _transposed,
     },
     hint="for each micro-batch keep the input and the output of each stage; then go "

@@ -23,6 +23,14 @@ def fewest_micro_batches(num_stages, max_bubble):
     return max(1, -((num_stages - 1) * (q - 80) // q))
 
 
+def measured(num_stages, max_bubble):
+    """Ask the library, which simulates schedules of growing length."""
+    M = 1
+    while one_f_one_b(num_stages, M).bubble_fraction > max_bubble:
+        M += 1
+    return M
+
+
 def searched(num_stages, max_bubble):
     """Try all numbers, with the formula that the schedules are tested against."""
     bubbles = ((num_stages - 1) / (M + num_stages - 1) for M in range(1, 1000))
@@ -57,6 +65,7 @@ def best_cut(costs, num_stages):
 RIGHT = [
     ("fewest_micro_batches", fewest_micro_batches),
     ("fewest_micro_batches", searched),
+    ("fewest_micro_batches", measured),
     ("peak_in_flight", peak_in_flight),
     ("one_f_one_b_order", one_f_one_b_order),
     ("one_f_one_b_order", lambda *case: tuple(one_f_one_b_order(*case))),
@@ -115,6 +124,13 @@ def by_turns(stage, num_stages, num_micro_batches):
 
 def wrong_end(stage, num_stages, num_micro_batches):
     return one_f_one_b_order(num_stages - 1 - stage, num_stages, num_micro_batches)
+
+
+def library_texts(stage, num_stages, num_micro_batches):
+    return [
+        str(action)
+        for action in one_f_one_b(num_stages, num_micro_batches).ranks[stage]
+    ]
 
 
 def first_stage(stage, num_stages, num_micro_batches):
@@ -176,13 +192,15 @@ WRONG = [
     ("one_f_one_b_order", lambda stage, *sizes: stage, "returns its argument"),
     ("one_f_one_b_order", gpipe, "this is GPipe"),
     ("one_f_one_b_order", wrong_end, "the longest way to the loss"),
-    ("one_f_one_b_order", by_turns, "the longest way to the loss"),
+    ("one_f_one_b_order", by_turns, "nothing to do meanwhile"),
     ("one_f_one_b_order", first_stage, "a shorter warm-up"),
     ("one_f_one_b_order", backward_too_soon, "one too short"),
     ("one_f_one_b_order", no_drain, "never come back"),
+    ("one_f_one_b_order", library_texts, "leave the stage away"),
     ("best_cut", lambda costs, P: costs, "returns its argument"),
     ("best_cut", lambda costs, P: sum(costs), "all layers together"),
     ("best_cut", lambda costs, P: sum(costs) / P, "cannot be cut"),
+    ("best_cut", lambda costs, P: math.ceil(sum(costs) / P), "rounded up"),
     ("best_cut", thirds, "no equal times"),
     ("best_cut", lambda costs, P: max(costs), "longer than each"),
 ]

@@ -111,6 +111,16 @@ WRONG = [
     (
         "micro_batch_gradients",
         lambda *case: [-g for g in micro_batch_gradients(*case)],
+        "the sign",
+    ),
+    (
+        "micro_batch_gradients",
+        lambda *case: [2 * g for g in micro_batch_gradients(*case)],
+        "half of the squared distance",
+    ),
+    (
+        "micro_batch_gradients",
+        lambda *case: [7 * g for g in micro_batch_gradients(*case)],
         "keep the input and the output",
     ),
     ("step_time", lambda orders, *times: orders, "returns its argument"),
