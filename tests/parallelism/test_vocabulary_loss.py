@@ -113,6 +113,7 @@ def test_bad_input_raises_on_every_rank(world2):
             "label_smoothing=2": (part, targets, {"label_smoothing": 2}),
             "reduction='all'": (part, targets, {"reduction": "all"}),
             "(1, 2) give a NaN loss": (spoiled, targets, {}),
+            "give a NaN loss": (spoiled, targets * 0 - 100, {}),  # also if ignored
         }
         for message, (x, y, options) in calls.items():
             with pytest.raises(ValueError) as error:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import labpkg as lab
@@ -193,13 +194,20 @@ def test_any_leading_dims_and_strides(world2):
 
 def test_what_is_frozen_costs_nothing(world2):
     def run():
-        mesh, calls = axis(), {}
+        mesh, calls, kept = axis(), {}, []
         column = ColumnParallelLinear(IN, OUT, mesh)
         slices = ColumnParallelLinear(IN, OUT, mesh, sequence_parallel=True)
-        for name, layer in (("column", column), ("sequence", slices)):
+        row = RowParallelLinear(IN * 2, OUT, mesh)
+        keep = saved_tensors_hooks(lambda t: kept.append(t.shape), lambda _: None)
+        for name, layer in (("column", column), ("sequence", slices), ("row", row)):
             for x_needs, weight_needs in ((0, 0), (0, 1), (1, 0), (1, 1)):
                 layer.weight.requires_grad_(bool(weight_needs))
                 x = draw(B, T, IN).requires_grad_(bool(x_needs))
+                kept.clear()
+                with keep:
+                    layer(x)
+                assert len(kept) == x_needs + weight_needs  # weight, x
+                assert (layer.weight.shape in kept) == x_needs
                 y = layer(x)
                 with lab.count_comms() as log:
                     y.sum().backward()
@@ -220,6 +228,7 @@ def test_what_is_frozen_costs_nothing(world2):
             ("sequence", 0, 1): 1,
             ("sequence", 1, 0): 1,
             ("sequence", 1, 1): 2,
+            **{("row", x_needs, needs): 0 for x_needs in (0, 1) for needs in (0, 1)},
         }
 
 
