@@ -93,7 +93,7 @@ def gathered(
         tensors: Parameters and buffers of a model.
         value: Given the owner of a parameter, what this rank has for it, such as its
             gradient; None counts as zeros.
-        dtype: Of what is gathered; by default that of the parameter.
+        dtype: Of what is gathered from shards; by default that of the parameter.
 
     Yields:
         Key and whole tensor, which is one of the model's own where nothing is divided.
@@ -103,9 +103,7 @@ def gathered(
 
     def part(tensor: Tensor) -> Tensor:
         given = value(tensor)
-        return (
-            torch.zeros_like(tensor, dtype=dtype) if given is None else given.detach()
-        )
+        return torch.zeros_like(tensor) if given is None else given.detach()
 
     for keys in _together(tensors):
         shards = [shard_of(tensors[key]) for key in keys]

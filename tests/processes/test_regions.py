@@ -71,6 +71,25 @@ def test_every_operator_and_its_conjugate(world4):
         assert min(deviations.values()) > 1e-3
 
 
+def test_results_are_free_to_change(world2):
+    def run():
+        mesh = lab.make_mesh(tp=2)["tp"]
+        names = "g f_sequence g_sequence join split join_sequence split_sequence"
+        for name in names.split():
+            for shape in ((1, 2, 2), (1, 1, 2), (3, 2, 2)):
+                if shape[1] == 1 and name in ("g_sequence", "split_sequence"):
+                    continue  # one position for two ranks
+                x = torch.ones(shape, requires_grad=True)
+                y = getattr(regions, name)(x, mesh)
+                value = y.detach().clone()
+                y.mul_(2).sum().backward()
+                assert torch.equal(y, 2 * value), name
+                assert torch.equal(x, torch.ones(shape)), name
+                assert x.grad is not None
+
+    world2.run(run)
+
+
 def test_bad_shapes_raise_before_communication(world2):
     def run():
         mesh = lab.make_mesh(tp=2)["tp"]
