@@ -92,7 +92,9 @@ def shown_to_all(is_alone):
     mine = [(name, Announced(WHOLE[name].shape, torch.float32)) for name in names]
     told = by_stage(mine, mesh)
     with lab.count_comms() as log:
-        own = ((name, WHOLE[name]) for name in names)
+        # The strides of a stage's tensors are its own affair.
+        turned = {name: WHOLE[name].transpose(0, -1).contiguous() for name in names}
+        own = ((name, tensor.transpose(0, -1)) for name, tensor in turned.items())
         seen = {name: tensor.clone() for name, tensor in shown(own, told, mesh)}
     return seen, log["pp", "broadcast"].calls
 
