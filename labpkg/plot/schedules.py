@@ -103,7 +103,7 @@ def schedule_player(
 ) -> Player:
     """Return a player that goes through a schedule, from event to event.
 
-    Beside each rank it shows as squares the activations that the rank keeps. Green
+    Small boxes beside each rank are the activations that it keeps. Green
     arrows are messages that leave at this moment.
 
     Args:

@@ -154,7 +154,7 @@ def draw_moment(schedule, timeline, now):
     ],
     ids=repr,
 )
-def test_the_squares_beside_a_rank_are_what_it_keeps(schedule):
+def test_the_boxes_beside_a_rank_are_what_it_keeps(schedule):
     timeline = simulate(schedule)
     end, most = timeline.makespan_s, [0] * schedule.num_ranks
     forwards = [s for own in timeline.spans for s in own if s.action.kind == "F"]
