@@ -171,6 +171,7 @@ class Schedule:
         """The most activations that each rank keeps at once.
 
         One is a micro-batch on one stage, alive from its F to the end of its B or W.
+        Gradients that I leaves for W are not counted.
         """
         return [dependencies.peak_in_flight(actions) for actions in self.ranks]
 

@@ -164,7 +164,8 @@ def zero_bubble(
     3 P - 1 - 2 M forwards.
 
     All this holds where F, I and W take equal time. An activation is counted until its
-    W, although I has freed a part of it.
+    W, although I has freed a part of it; the gradients that wait with it for W are not
+    counted.
 
     Args:
         num_ranks: P >= 1.
