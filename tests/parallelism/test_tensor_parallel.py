@@ -250,7 +250,7 @@ def is_equal_on_all_ranks(model, mesh) -> bool:
     return bool((lab.all_gather(flat[None], mesh) == flat).all())
 
 
-def train(case: Case, num_steps: int = 2, is_off: bool = False):
+def train(case: Case, num_steps: int = 1, is_off: bool = False):
     """Return deviations of losses, gradients and parameters over some steps."""
     mesh, reference, model = start(case)
     models = (reference, model)
@@ -279,9 +279,12 @@ def train_all(cases: dict[str, Case], **options):
 
 def test_models_train_as_in_one_process(world2, world4):
     name = "gpt, sequence, parallel loss"
-    of_four = world4.run(train_all, {name: CASES[name]}, num_steps=1)
+    of_four = world4.run(train_all, {name: CASES[name]})
     of_two = world2.run(train_all, CASES | GROUPED)
-    for ranks in (of_four, of_two):
+    longer = world2.run(
+        train_all, {"llama, sequence": GROUPED["llama, sequence"]}, num_steps=3
+    )
+    for ranks in (of_four, of_two, longer):
         for results in ranks:
             for name, (deviation, is_equal) in results.items():
                 assert deviation < TOLERANCE, name
@@ -297,7 +300,7 @@ def test_one_rank_runs_the_same_lines():
 
 
 def test_without_communication_everything_deviates(world2):
-    for results in world2.run(train_all, CASES | GROUPED, is_off=True, num_steps=1):
+    for results in world2.run(train_all, CASES | GROUPED, is_off=True):
         for name, (deviation, _) in results.items():
             assert deviation > 1e-3, name
 
@@ -306,7 +309,7 @@ def test_without_the_sum_the_gradients_of_norms_are_parts(world2):
     def run():
         region_hooks.SumGradients._sum = lambda self, gradient: gradient
         names = "gpt, sequence", "llama"  # norms of positions, of heads
-        return [train((CASES | GROUPED)[name], num_steps=1)[0] for name in names]
+        return [train((CASES | GROUPED)[name])[0] for name in names]
 
     for deviations in world2.run(run):
         assert min(deviations) > 1e-3

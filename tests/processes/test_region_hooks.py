@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import labpkg as lab
-from labpkg.processes.region_hooks import Region
+from labpkg.processes.region_hooks import Region, SumGradients
 from labpkg.processes.regions import f, f_sequence
 
 
@@ -50,5 +50,32 @@ def test_a_region_shares_an_entry_for_one_forward(world2):
             assert region.entered(x, f) is outer
 
         module(nest)
+
+    world2.run(run)
+
+
+class Add(nn.Module):
+    """Its parameter and its input get one gradient, in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(2, 3))
+
+    def forward(self, x):
+        return self.shift + x
+
+
+def test_only_the_gradient_of_the_parameter_is_summed(world2):
+    def run():
+        mesh = lab.make_mesh(tp=2)["tp"]
+        module, own = Add(), torch.full((2, 3), 1.0 + mesh.get_local_rank())
+        SumGradients(mesh, ["shift"]).around(module)
+        x = torch.zeros(2, 3, requires_grad=True)
+        for number in (1, 2):  # accumulated
+            (module(x) * own).sum().backward()
+            assert x.grad is not None
+            assert module.shift.grad is not None
+            assert torch.equal(x.grad, number * own)
+            assert torch.equal(module.shift.grad, torch.full((2, 3), 3.0 * number))
 
     world2.run(run)
