@@ -13,7 +13,7 @@ Narayanan et al. 2021, arXiv:2104.04473; Qi et al. 2024, arXiv:2401.10241.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -25,12 +25,20 @@ from labpkg.planning.simulator import Timeline
 from labpkg.processes.clock import Clock
 from labpkg.processes.cuts import Place, mark_place
 from labpkg.processes.in_place import all_reduce_, broadcast_
-from labpkg.processes.mail import Mailbox, OrderedMailbox
-from labpkg.processes.negotiation import StageInfo, agree, inner, introduce, negotiate
+from labpkg.processes.mail import Mailbox, OrderedMailbox, spec_of
+from labpkg.processes.negotiation import (
+    Call,
+    StageInfo,
+    agree_on_one,
+    check_batch,
+    inner,
+    introduce,
+    negotiate,
+)
 from labpkg.processes.ties import Ties
 from labpkg.processes.traffic import axis_of
 from labpkg.processes.transport import uses_gloo
-from labpkg.processes.walk import Plan, Reducer, Walk, plan_of
+from labpkg.processes.walk import Plan, Walk, has_trained, plan_of, reducers_of
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,7 +65,8 @@ class Pipeline(nn.Module):
         mesh: The pipeline axis, such as `mesh["pp"]`.
         loss_fn: Mean loss of a micro-batch: (output, targets) -> a scalar.
         recompute: Keep only the input of a stage and run it forward again before its
-            backward: memory of one micro-batch at a time for a third more work.
+            backward: memory of one micro-batch at a time for a third more work. Running
+            statistics, such as those of BatchNorm, then count each micro-batch twice.
         record: Measure when each action runs; see `timeline`.
 
     Raises:
@@ -67,8 +76,9 @@ class Pipeline(nn.Module):
             axes.
 
     Communication: the activations that pass between ranks, forward, and as many bytes
-    of gradients, backward, once per micro-batch; an all_reduce of the loss; each holder
-    of a tied parameter sends its gradient to each other holder.
+    of gradients, backward, once per micro-batch; an all_gather of one number, whether
+    all ranks make the same call; an all_reduce of the loss; each holder of a tied
+    parameter sends its gradient to each other holder.
 
     Reference:
         Narayanan et al. 2021, Efficient Large-Scale Language Model Training on GPU
@@ -95,8 +105,7 @@ class Pipeline(nn.Module):
         self._modules_of = dict(zip(own, self.stages, strict=True))
         self._prefixes, numbers = _names(infos)
         self._trains = [info.trains for info in infos.values()]
-        # Engines hold their parameters weakly, so something must hold the engines.
-        self._engines = _engines(modules, self._modules_of)
+        self._reducers = reducers_of(modules, self._modules_of)
         self._ties = Ties(self._modules_of, numbers, schedule.rank_of, mesh)
         mark_place(self, Place(mesh))
         self._plans: dict[tuple, list[Plan]] = {}
@@ -119,13 +128,13 @@ class Pipeline(nn.Module):
             The mean loss, on every rank, without gradient.
 
         Raises:
-            ValueError: On every rank, if M does not divide B, if a stage does not take
-                what the one before returns, if a tied parameter is cut by ZeRO, or if
-                gradients are disabled.
+            ValueError: On every rank, if M does not divide B, if ranks make different
+                calls or have batches of different shapes, if a stage does not take what
+                the one before returns, if a tied parameter is cut by ZeRO, if a stage
+                was frozen before, if x or y needs a gradient, or if gradients are
+                disabled.
         """
-        if not torch.is_grad_enabled():
-            raise ValueError("a step needs gradients; call it outside torch.no_grad()")
-        plan, xs, ys = self._prepare(x, y)
+        plan, xs, ys = self._prepare(x, y, backward=True)
         self._ties.put_aside()
         clock = Clock(self.mesh) if self.record else None
         losses = self._walk(plan, xs, ys, clock)
@@ -208,50 +217,48 @@ class Pipeline(nn.Module):
             mail,
             xs,
             finish,
-            reducers=[
-                Reducer(engine.no_sync, stages)
-                for engine, stages in self._engines
-                if torch.is_grad_enabled()
-            ],
+            reducers=self._reducers if torch.is_grad_enabled() else (),
             recompute=self.recompute,
             clock=clock,
         )
         walk.run()
-        return walk.results
+        return [result for _, result in sorted(walk.results.items())]
 
     def _prepare(
-        self, x: Tensor, y: Tensor | None
+        self, x: Tensor, y: Tensor | None, *, backward: bool = False
     ) -> tuple[Plan, list[Tensor], list[Tensor] | None]:
-        """Cut the batch, and agree on shapes if it is the first of its kind."""
-        M, device = self.schedule.num_micro_batches, self._device.type
-        for name, tensor in (("x", x), ("y", y)):
-            if tensor is None:
-                continue
-            if tensor.dim() == 0 or not len(tensor) or len(tensor) % M:
-                raise ValueError(
-                    f"{name} of shape {tuple(tensor.shape)} is not divisible into {M} "
-                    f"micro-batches; choose a batch that is a multiple of {M}"
-                )
-            if len(tensor) != len(x) or tensor.device.type != device:
-                raise ValueError(
-                    f"{name} has {len(tensor)} rows on {tensor.device}, x has {len(x)} "
-                    f"and the mesh is one of {device}; let them match"
-                )
+        """Check the call on all ranks, cut the batch, and agree on shapes if new."""
+        call = agree_on_one(lambda: self._check(x, y, backward), self.mesh)
+        M, kind = self.schedule.num_micro_batches, call[:4]
         xs, ys = list(x.chunk(M)), None if y is None else list(y.chunk(M))
+        if kind not in self._plans:
+            self._plans[kind] = self._plan(xs[0], None if ys is None else ys[0])
+        return self._plans[kind][backward], xs, ys
+
+    def _check(self, x: Tensor, y: Tensor | None, backward: bool) -> Call:
+        """Return what is called for; refuse what cannot be done."""
+        device = self._device.type
+        check_batch(x, y, self.schedule.num_micro_batches, device, backward=backward)
+        for stage, module in self._modules_of.items():
+            if not self._trains[stage] and has_trained(module):
+                raise ValueError(
+                    f"stage {stage} was frozen when the pipeline was made and is not "
+                    "now; make a new Pipeline after unfreezing"
+                )
+        self._ties.require_whole()
         cast = torch.get_autocast_dtype(device)
-        key = (
-            (x.shape, x.dtype, None if y is None else (y.shape, y.dtype)),
+        return Call(
+            spec_of(x),
+            None if y is None else spec_of(y),
             cast if torch.is_autocast_enabled(device) else None,
             self.training,
+            backward,
+            self.record,
         )
-        if key not in self._plans:
-            self._plans[key] = self._plan(xs[0], None if ys is None else ys[0])
-        return self._plans[key][torch.is_grad_enabled()], xs, ys
 
     def _plan(self, x: Tensor, y: Tensor | None) -> list[Plan]:
         """Agree on shapes; return what to do without gradients, and with them."""
         finish = lambda out: out if y is None else self.loss_fn(out, y)
-        agree(self._ties.require_whole, self.mesh)
         num_stages = self.schedule.num_stages
         shapes = negotiate(self._modules_of, num_stages, x, finish, self.mesh)
         if (shapes.result.shape == ()) != (y is not None):
@@ -356,22 +363,6 @@ def _stages(modules: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
         return list(modules)
     inside = inner(modules)
     return list(inside) if isinstance(inside, nn.ModuleList) else [modules]
-
-
-def _engines(
-    modules: nn.Module | Iterable[nn.Module], stages: Mapping[int, nn.Module]
-) -> list[tuple[Any, tuple[int, ...]]]:
-    """Return the data-parallel engines around stages, with those that they train."""
-    trained = tuple(
-        stage
-        for stage, module in stages.items()
-        if any(p.requires_grad for p in module.parameters())
-    )
-    if isinstance(modules, nn.Module) and isinstance(inner(modules), nn.ModuleList):
-        found = [(modules, trained)]
-    else:
-        found = [(stages[stage], (stage,)) for stage in trained]
-    return [(engine, own) for engine, own in found if hasattr(engine, "no_sync")]
 
 
 def _names(

@@ -45,6 +45,9 @@ class DeferWeights(TorchFunctionMode):
     """Put off the weight gradients of linear layers that run forward inside the block.
 
     Backward through them appends to a list; `finish_weights` computes what is in it.
+    Backward belongs inside the block as well, because a checkpoint runs layers forward
+    once more there. It starts from a `GradientEdge`: given a tensor, torch would leave
+    the block.
 
     Args:
         products: Where backward puts them.
@@ -75,7 +78,8 @@ class DeferWeights(TorchFunctionMode):
         tensors = [x, weight.detach()] + ([] if bias is None else [bias.detach()])
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            tensors = [tensor.to(dtype) for tensor in tensors]
+            # Autocast leaves float64 as it is.
+            tensors = [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
         self.num_layers += 1
         return _Linear.apply(  # pyright: ignore[reportReturnType]
             self._anchor, (weight, trained), self._products, *tensors
@@ -90,7 +94,11 @@ def _layer(
     """Return the arguments of `F.linear`, or None where it must stay as it is."""
     is_trained = type(weight) is nn.Parameter and weight.requires_grad
     can_wait = is_trained and (bias is None or bias.is_leaf)
-    return (input, weight, bias) if can_wait and torch.is_grad_enabled() else None
+    # vmap and its like take no autograd function of this form.
+    transformed = torch._C._are_functorch_transforms_active()
+    if not can_wait or transformed or not torch.is_grad_enabled():
+        return None
+    return input, weight, bias
 
 
 class _Linear(torch.autograd.Function):

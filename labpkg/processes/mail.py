@@ -46,6 +46,11 @@ class Spec(NamedTuple):
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
 
 
+def spec_of(x: Tensor) -> Spec:
+    """Return what a tensor looks like."""
+    return Spec(tuple(x.shape), x.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """What one rank sends and receives in one pass.

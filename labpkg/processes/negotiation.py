@@ -11,6 +11,7 @@ Chapter: parallelism/pipeline.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from labpkg.planning.actions import Schedule
-from labpkg.processes.mail import Spec
+from labpkg.processes.collectives import all_gather
+from labpkg.processes.mail import Spec, spec_of
 from labpkg.processes.messages import all_gather_object
 from labpkg.processes.replicas import require_dense, require_device
 from labpkg.processes.stages import Stage
 from labpkg.processes.traffic import always_on
+from labpkg.processes.transport import control_device
 from labpkg.processes.trials import undisturbed, without_gradients
 
 T = TypeVar("T")
@@ -42,16 +45,52 @@ def agree(find: Callable[[], T], mesh: DeviceMesh) -> list[T]:
 
     Communication: `all_gather_object`, also within `off`.
     """
-    value, problem = None, None
+    return _exchange(_attempt(find), mesh)
+
+
+def agree_on_one(find: Callable[[], T], mesh: DeviceMesh) -> T:
+    """Return what every rank finds, which has to be the same.
+
+    Cheap, since it is done at each step: only ranks that differ tell each other how.
+
+    Args:
+        find: Makes the value of this rank; it does not communicate.
+        mesh: The axis.
+
+    Raises:
+        ValueError: On every rank, if `find` raises one on some rank, or if values
+            differ.
+
+    Communication: `all_gather` of one number.
+    """
+    own = _attempt(find)
+    device = control_device(mesh.get_group())
+    number = torch.tensor([zlib.crc32(repr(own).encode())], device=device)
+    value, problem = own
+    if len(set(all_gather(number, mesh).tolist())) == 1 and problem is None:
+        return value
+    values = _exchange(own, mesh)
+    rank = next(r for r, other in enumerate(values) if other != values[0])
+    raise ValueError(
+        f"rank {rank} of the pipeline calls with {values[rank]}, but rank 0 with "
+        f"{values[0]}; make the same call with the same batch on every rank"
+    )
+
+
+def _attempt(find: Callable[[], T]) -> tuple[T, str | None]:
+    """Return what `find` returns, or the text of its ValueError."""
     try:
-        value = find()
+        return find(), None
     except ValueError as error:
-        problem = str(error)
+        return None, str(error)  # pyright: ignore[reportReturnType]
+
+
+def _exchange(own: tuple[T, str | None], mesh: DeviceMesh) -> list[T]:
     with always_on():
-        ranks = all_gather_object((value, problem), mesh)
-    for rank, (_, text) in enumerate(ranks):
-        if text is not None:
-            raise ValueError(f"rank {rank} of the pipeline: {text}")
+        ranks = all_gather_object(own, mesh)
+    for rank, (_, problem) in enumerate(ranks):
+        if problem is not None:
+            raise ValueError(f"rank {rank} of the pipeline: {problem}")
     return [value for value, _ in ranks]
 
 
@@ -207,6 +246,64 @@ def _check_copies(stages: Mapping[int, StageInfo]) -> None:
                 )
 
 
+class Call(NamedTuple):
+    """What the ranks of a pipeline do next; the same on all of them.
+
+    Attributes:
+        x: The batch.
+        y: Its targets, or None.
+        autocast: The dtype of autocast, or None.
+        training: Whether the modules are in training mode.
+        backward: Whether gradients are wanted.
+        record: Whether times are.
+    """
+
+    x: Spec
+    y: Spec | None
+    autocast: torch.dtype | None
+    training: bool
+    backward: bool
+    record: bool
+
+
+def check_batch(
+    x: Tensor, y: Tensor | None, num_micro_batches: int, device: str, *, backward: bool
+) -> None:
+    """Refuse a batch that cannot be cut, or is not for this pipeline.
+
+    Args:
+        x: The batch.
+        y: Its targets, or None.
+        num_micro_batches: M.
+        device: The kind of device that the mesh has.
+        backward: Whether gradients are wanted.
+
+    Raises:
+        ValueError: If it is so.
+    """
+    if backward and not torch.is_grad_enabled():
+        raise ValueError("a step needs gradients; call it outside torch.no_grad()")
+    M = num_micro_batches
+    for name, tensor in (("x", x), ("y", y)):
+        if tensor is None:
+            continue
+        if tensor.dim() == 0 or not len(tensor) or len(tensor) % M:
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} is not divisible into {M} "
+                f"micro-batches; choose a batch that is a multiple of {M}"
+            )
+        if len(tensor) != len(x) or tensor.device.type != device:
+            raise ValueError(
+                f"{name} has {len(tensor)} rows on {tensor.device}, x has {len(x)} "
+                f"and the mesh is one of {device}; let them match"
+            )
+        if backward and tensor.requires_grad:
+            raise ValueError(
+                f"{name} needs a gradient, which a step does not compute; pass "
+                f"{name}.detach()"
+            )
+
+
 class Shapes(NamedTuple):
     """What passes between the stages for one shape of a batch.
 
@@ -255,7 +352,7 @@ def negotiate(
                 # A copy, because a stage may change what it takes.
                 trial = _sample(spec, x.device) if stage else x.clone()
                 y = _try(modules[stage], stage, trial)
-                return _spec(y if stage < num_stages - 1 else _finish(finish, y))
+                return spec_of(y if stage < num_stages - 1 else _finish(finish, y))
 
         spec = next(found for found in agree(find, mesh) if found is not None)
     return Shapes(inputs, spec)
@@ -266,17 +363,13 @@ def _sample(spec: Spec, device: torch.device) -> Tensor:
     return x.uniform_() if spec.dtype.is_floating_point else x
 
 
-def _spec(x: Tensor) -> Spec:
-    return Spec(tuple(x.shape), x.dtype)
-
-
 def _try(module: nn.Module, stage: int, x: Tensor) -> Tensor:
     try:
         y: Any = module(x)
     except Exception as error:
         source = f"stage {stage - 1} returns" if stage else "is a micro-batch"
         raise ValueError(
-            f"stage {stage} does not take {_spec(x)}, which {source}: "
+            f"stage {stage} does not take {spec_of(x)}, which {source}: "
             f"{type(error).__name__}: {error}; let the stages fit each other"
         ) from error
     if not isinstance(y, Tensor):
@@ -292,7 +385,7 @@ def _finish(finish: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
         result: Any = finish(y)
     except Exception as error:
         raise ValueError(
-            f"loss_fn does not take {_spec(y)}, which the last stage returns: "
+            f"loss_fn does not take {spec_of(y)}, which the last stage returns: "
             f"{type(error).__name__}: {error}; check the targets and the last stage"
         ) from error
     if not isinstance(result, Tensor):

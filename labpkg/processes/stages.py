@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -217,7 +216,7 @@ def _seconds(units: list[nn.Module], sample: Tensor) -> list[float]:
         x = x.detach()
         with undisturbed([unit], x.device):
             runs = [_time_once(unit, x) for _ in range(1 + _NUM_TIMINGS)]
-        seconds.append(median(time_s for time_s, _ in runs[1:]))
+        seconds.append(min(time_s for time_s, _ in runs[1:]))
         x = runs[-1][1]
     if dist.is_initialized():
         ranks = all_gather_object(seconds)
@@ -226,11 +225,12 @@ def _seconds(units: list[nn.Module], sample: Tensor) -> list[float]:
 
 
 def _time_once(unit: nn.Module, x: Tensor) -> tuple[float, Tensor]:
-    x = x.detach().requires_grad_(x.is_floating_point())
+    leaf = x.detach().requires_grad_(x.is_floating_point())
+    x = leaf.clone()  # which the unit may change in place
     _synchronize(x)
     start = time.perf_counter()
     y = unit(x)
-    inputs = [t for t in (x, *unit.parameters()) if t.requires_grad]
+    inputs = [t for t in (leaf, *unit.parameters()) if t.requires_grad]
     if y.requires_grad and inputs:
         torch.autograd.grad(y, inputs, torch.ones_like(y), allow_unused=True)
     _synchronize(x)

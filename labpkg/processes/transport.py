@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -349,12 +350,9 @@ def exchange(
         works = [recv(out, group, src, tag).work for out, src, tag in incoming]
         works += [send(x, group, dst, tag).work for x, dst, tag in outgoing]
     else:
-        calls = [(dist.isend, *each) for each in outgoing]
-        calls += [(dist.irecv, *each) for each in incoming]
-        ops = [
-            dist.P2POp(call, x, group=group, group_peer=peer)
-            for call, x, peer, _ in calls
-        ]
+        make = partial(dist.P2POp, group=group)
+        ops = [make(dist.isend, x, group_peer=dst) for x, dst, _ in outgoing]
+        ops += [make(dist.irecv, out, group_peer=src) for out, src, _ in incoming]
         works = [_work(work) for work in dist.batch_isend_irecv(ops)]
     # The closure holds what NCCL still reads or writes.
     return Transfer(_Then(works, lambda: tensors), sent)

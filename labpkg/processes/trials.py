@@ -24,14 +24,22 @@ def undisturbed(modules: Iterable[nn.Module], device: torch.device) -> Iterator[
         modules: What runs inside.
         device: Where it runs.
     """
-    buffers = [buffer for module in modules for buffer in module.buffers()]
-    copies = [buffer.detach().clone() for buffer in buffers]
+    layers = [layer for module in modules for layer in module.modules()]
+    buffers = [dict(layer._buffers) for layer in layers]
+    copies = [
+        (buffer, buffer.detach().clone())
+        for own in buffers
+        for buffer in own.values()
+        if buffer is not None
+    ]
     try:
         with torch.random.fork_rng(_gpus(device)):
             yield
     finally:
+        for layer, own in zip(layers, buffers, strict=True):
+            layer._buffers.update(own)  # also where forward assigned another tensor
         with torch.no_grad():
-            for buffer, copy in zip(buffers, copies, strict=True):
+            for buffer, copy in copies:
                 buffer.copy_(copy)
 
 

@@ -12,7 +12,7 @@ Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.0617
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -26,7 +26,7 @@ from labpkg.planning.actions import Action, Message, Schedule
 from labpkg.processes.clock import Clock, Mark
 from labpkg.processes.halves import DeferWeights, Product, enter, finish_weights
 from labpkg.processes.mail import Mailbox, OrderedMailbox, Route, route_of
-from labpkg.processes.negotiation import Shapes
+from labpkg.processes.negotiation import Shapes, inner
 from labpkg.processes.trials import RandomState, random_state, without_gradients
 
 
@@ -92,12 +92,14 @@ class _Graph(NamedTuple):
     Attributes:
         root: Where backward starts; not the output itself, which may go.
         gradient: Where backward puts the gradient of the input.
-        products: Where it puts weight gradients off, if it is split.
+        products: Where it puts weight gradients off.
+        defer: What puts them off, if backward is split.
     """
 
     root: GradientEdge | None
     gradient: list[Tensor]
     products: list[Product]
+    defer: DeferWeights | None
 
 
 @dataclass(slots=True)
@@ -105,7 +107,8 @@ class Reducer:
     """A data-parallel engine around stages, which reduces once in each walk.
 
     Attributes:
-        no_sync: Its context in which backward only accumulates.
+        no_sync: Its context in which backward only accumulates; as a bound method it
+            also keeps the engine, whose parameters know it weakly.
         stages: The stages around which it is and which have something to train.
         pause: What keeps it from reducing.
     """
@@ -113,6 +116,32 @@ class Reducer:
     no_sync: Callable[[], AbstractContextManager[object]]
     stages: tuple[int, ...]
     pause: ExitStack = field(default_factory=ExitStack)
+
+
+def has_trained(module: nn.Module) -> bool:
+    """Whether some parameter of a module needs a gradient."""
+    return any(p.requires_grad for p in module.parameters())
+
+
+def reducers_of(
+    modules: nn.Module | Iterable[nn.Module], stages: Mapping[int, nn.Module]
+) -> list[Reducer]:
+    """Return the data-parallel engines around stages that train something.
+
+    Args:
+        modules: What the pipeline was given: stages, or one engine around all.
+        stages: The stages of this rank, by number.
+    """
+    trained = tuple(s for s, module in stages.items() if has_trained(module))
+    if isinstance(modules, nn.Module) and isinstance(inner(modules), nn.ModuleList):
+        found = [(modules, trained)]
+    else:
+        found = [(stages[s], (s,)) for s in trained]
+    return [
+        Reducer(engine.no_sync, own)  # pyright: ignore[reportArgumentType]
+        for engine, own in found
+        if hasattr(engine, "no_sync")
+    ]
 
 
 class _Input(NamedTuple):
@@ -137,7 +166,7 @@ class Walk:
         clock: Notes when actions run; or None.
 
     Attributes:
-        results: What the last stage made, if it is on this rank.
+        results: What the last stage made, by micro-batch, if it is on this rank.
     """
 
     def __init__(
@@ -168,7 +197,7 @@ class Walk:
         is_cast = torch.is_autocast_enabled(device.type)
         uncast = torch.autocast(device.type, enabled=False)
         self._uncast = uncast if is_cast else nullcontext()
-        self.results: list[Tensor] = []
+        self.results: dict[int, Tensor] = {}
 
     def run(self) -> None:
         """Do every action, then wait until all that was sent has arrived."""
@@ -200,7 +229,7 @@ class Walk:
             y, self._kept[stage, m] = self._build(stage, m, x)
         self._note(action, start)
         if stage == self._plan.last:
-            self.results.append(y)
+            self.results[m] = y
         else:
             self._put(action, stage + 1, y)
 
@@ -226,15 +255,18 @@ class Walk:
         products: list[Product] = []
         if stage in self._plan.needs_gradient:
             x = enter(x, gradient, self._anchor)
-        if (stage, m) in self._split:
-            with DeferWeights(products) as defer:
-                y = self._compute(stage, m, x)
-            if defer.num_layers:
-                self._defers.add(stage)
-        else:
+        defer = DeferWeights(products) if (stage, m) in self._split else None
+        with defer or nullcontext():
             y = self._compute(stage, m, x)
+        if products:
+            raise RuntimeError(
+                f"stage {stage} runs backward through a linear layer inside forward, "
+                "so its backward cannot be split; use a schedule without I and W"
+            )
+        if defer is not None and defer.num_layers:
+            self._defers.add(stage)
         root = get_gradient_edge(y) if y.requires_grad else None
-        return y.detach(), _Graph(root, gradient, products)
+        return y.detach(), _Graph(root, gradient, products, defer)
 
     def _backward(self, action: Action) -> None:
         stage, kind, m = action
@@ -251,7 +283,7 @@ class Walk:
                 kept = self._build(stage, m, kept.x)[1]
         self._sync(action)
         if kept.root is not None and gradient is not None:
-            with self._uncast:
+            with self._uncast, kept.defer or nullcontext():
                 torch.autograd.backward(kept.root, gradient)
         if kind == "I":
             self._products[stage, m] = kept.products

@@ -267,9 +267,11 @@ class _PipelineEngine(_WholeBatch):
             (len(ranks) - 1) * n for ranks, n in ties if ranks != ends and rank in ranks
         )
         loss_bytes = max(x.itemsize, 4) * (1 + len(ties))  # and who used which copy
+        call_bytes = 8 * plan.num_ranks  # whether all ranks make the same call
         return {
             ("pp", "send"): num_passes * sent,
             ("pp", "all_reduce"): num_passes * loss_bytes,
+            ("pp", "all_gather"): num_passes * call_bytes,
         }
 
     @classmethod

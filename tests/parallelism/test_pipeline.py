@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import labpkg as lab
 from labpkg.parallelism import pipeline
@@ -208,15 +209,56 @@ def convolution() -> nn.Module:
 
 def all_models(name: str) -> dict:
     models = [Shared, frozen_start, without_parameters, convolution, in_place]
+    models.append(checkpointed)
     found = {build.__name__: train(build, name, num_steps=2) for build in models}
-    for build in (tower, Shared):
+    for build in (tower, Shared, checkpointed):
         found[f"{build.__name__} again"] = train(build, name, recompute=True)
     return found
 
 
-@pytest.mark.parametrize("name", ["1f1b", "interleaved", "v"])
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "h1", "v"])
 def test_models_that_nobody_tuned(world2, name):
     for found in world2.run(all_models, name):
+        for key, pair in found.items():
+            assert max(pair) <= TOLERANCE, (key, pair)
+
+
+class Checkpointed(nn.Module):
+    """Recomputes itself in backward, and maps a layer over rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        inner = lambda x: torch.vmap(self.second)(self.first(x).tanh())
+        return checkpoint(inner, x, use_reentrant=False)
+
+
+def checkpointed() -> nn.Module:
+    return nn.Sequential(*(Checkpointed() for _ in range(4)))
+
+
+BY_HAND = """
+0F1 0F0 0F2 0I1 0W1 0B2 0B0 0F3 0F5 0F4 0B5 0B4 0B3
+1F1 1B1 1F2 1F0 1B0 1B2 1F3 1F5 1B5 1F4 1I4 1B3 1W4
+"""
+
+
+def by_hand() -> dict:
+    """Forwards out of order, and both kinds of backward on a stage."""
+    _, mesh = start()
+    SCHEDULES["by hand"] = lambda n: Schedule.parse(BY_HAND)
+    model = tower()
+    pipe = make(model, SCHEDULES["by hand"](2), mesh)
+    reference, (x, _) = assembled(model, pipe), batch()
+    output = (pipe(x) - reference(x)).abs().max().item()
+    found = {build.__name__: train(build, "by hand") for build in (tower, Shared)}
+    return found | {"output": (output,)}
+
+
+def test_a_schedule_made_by_hand(world2):
+    for found in world2.run(by_hand):
         for key, pair in found.items():
             assert max(pair) <= TOLERANCE, (key, pair)
 
@@ -285,7 +327,9 @@ def sent_bytes(name: str) -> dict:
         with lab.count_comms() as log:
             pipe.evaluate(x, y)
         found[f"{build.__name__} forward"] = log["pp", "send"].payload_bytes
-        assert log["pp", "all_gather"].calls == 0  # shapes are known
+        # Whether all ranks make the same call, but not shapes, which are known.
+        assert log["pp", "all_gather"].calls == 1
+        assert log["pp", "all_gather"].payload_bytes == 8 * mesh.size()
     formula = pipeline_bytes(schedule, rank, activation_bytes=2 * 6 * 8)
     return {"found": found, "formula": formula}
 
@@ -594,6 +638,106 @@ def errors() -> tuple[float, float]:
     with pytest.raises(ValueError, match="has 4 axes"):
         Pipeline(nn.Linear(6, 6), schedule, two, loss_fn=mean_squared)
     return train(tower, "1f1b")  # and all ranks still agree
+
+
+def other_calls() -> tuple[float, float]:
+    """Ranks that make different calls, with shapes that are known and that are not."""
+    rank, mesh = start()
+    schedule = one_f_one_b(2, M)
+    x, y = batch()
+    pipe = make(gpt(), schedule, mesh, loss_fn=lab.cross_entropy)
+    pipe.evaluate(*tokens())
+    axis = lab.make_mesh(pp=2)["dp"]
+    options = {"stage": 1, "lr": 0.1}
+    optimizer = ZeroOptimizer(pipe.parameters(), lab.SGD, axis, **options)
+    with pytest.raises(ValueError, match="ZeRO cuts its gradient before"):
+        pipe.step(*tokens())
+    del optimizer
+    model = frozen_start()
+    pipe = make(model, schedule, mesh)
+    for rows in (M, 2 * M):
+        pipe.step(x[:rows], y[:rows])
+
+    def step(**options):
+        kept = {name: getattr(pipe, name) for name in options}
+        for name, value in options.items():
+            setattr(pipe, name, value)
+        try:
+            return pipe.step(x, y)
+        finally:
+            for name, value in kept.items():
+                setattr(pipe, name, value)
+
+    def sample(rows):
+        return torch.ones(rows, 6), torch.ones(rows, 6)
+
+    before = [p.grad for p in pipe.parameters()]
+    before = [None if g is None else g.clone() for g in before]
+    cases = {
+        r"rank 1 .*\(12, 6\).*, but rank 0 .*\(6, 6\)": lambda: pipe.step(
+            *sample(M + M * rank)
+        ),
+        r"rank 1 .*\(24, 6\).*, but rank 0 .*\(12, 6\)": lambda: pipe.step(
+            *sample(2 * M + 2 * M * rank)
+        ),
+        "rank 1 .*float32.*, but rank 0 .*float64": lambda: pipe.evaluate(
+            x.float() if rank else x, y
+        ),
+        "rank 1 of the pipeline: x of shape .11, 6. is not": lambda: pipe.step(
+            x[rank:], y[rank:]
+        ),
+        "rank 1 .*y=None": lambda: pipe(x) if rank else pipe.evaluate(x, y),
+        "rank 1 .*backward=False": lambda: (pipe.evaluate if rank else pipe.step)(x, y),
+        "rank 1 .*record=True": lambda: step(record=rank == 1),
+        "rank 1 .*training=False": lambda: step(training=rank == 0),
+        "rank 0 of the pipeline: a step needs gradients": lambda: (
+            torch.set_grad_enabled(rank == 1)(pipe.step)(x, y)
+        ),
+        "rank 0 .*: x needs a gradient": lambda: pipe.step(
+            x.clone().requires_grad_(rank == 0), y
+        ),
+        "rank 0 .*: y needs a gradient": lambda: pipe.step(
+            x, y.clone().requires_grad_()
+        ),
+    }
+    for pattern, case in cases.items():
+        with pytest.raises(ValueError) as error:
+            case()
+        assert re.search(pattern, str(error.value)), (pattern, error.value)
+    if rank == 0:
+        next(pipe.parameters()).requires_grad_()
+    with pytest.raises(ValueError, match="stage 0 was frozen when the pipeline was"):
+        pipe.step(x, y)
+    for p, gradient in zip(pipe.parameters(), before, strict=True):
+        assert (p.grad is None) == (gradient is None)
+        assert gradient is None or torch.equal(p.grad, gradient)
+    return train(tower, "1f1b")
+
+
+def test_ranks_that_make_different_calls_all_raise(world2):
+    for pair in world2.run(other_calls):
+        assert max(pair) <= TOLERANCE
+
+
+class Penalty(nn.Linear):
+    """Differentiates itself in forward."""
+
+    def forward(self, input):
+        with torch.enable_grad():
+            x = input.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(super().forward(x).tanh().sum(), x)
+        return input + slope + super().forward(input)
+
+
+def penalized() -> nn.Module:
+    return nn.Sequential(Penalty(6, 6), Penalty(6, 6))
+
+
+def test_backward_inside_forward_cannot_be_split(world2):
+    for pair in world2.run(train, penalized, "1f1b"):
+        assert max(pair) <= TOLERANCE
+    with pytest.raises(lab.RankError, match="use a schedule without I and W"):
+        world2.run(train, penalized, "h1")
 
 
 def refuse(x):

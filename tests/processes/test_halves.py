@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils.checkpoint import checkpoint
 
 from labpkg.processes.halves import DeferWeights, enter, finish_weights
 
@@ -99,3 +101,36 @@ def test_what_enters_may_be_changed_in_place():
     y = enter(x, dx, torch.zeros((), requires_grad=True)).relu_()
     y.sum().backward()
     assert dx[0].tolist() == [0, 1]
+
+
+def test_autocast_leaves_double_precision_as_it_is():
+    model, products = nn.Linear(4, 4).double(), []
+    with torch.autocast("cpu", torch.bfloat16), DeferWeights(products):
+        y = model(torch.ones(2, 4, dtype=torch.float64))
+    y.sum().backward()
+    assert len(products) == 1
+    assert y.dtype == torch.float64
+
+
+def test_layers_that_run_again_in_backward():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    whole, x, products = copy.deepcopy(model), torch.randn(3, 4).double(), []
+    with DeferWeights(products):
+        y = checkpoint(model, x, use_reentrant=False)
+        assert isinstance(y, torch.Tensor)
+        torch.autograd.backward(get_gradient_edge(y), torch.ones(3, 4).double())
+    assert not gradients(model)
+    finish_weights(products)
+    whole(x).sum().backward()
+    for name, gradient in gradients(whole).items():
+        assert torch.allclose(gradients(model)[name], gradient, rtol=1e-12), name
+
+
+def test_a_layer_inside_vmap_stays_as_it_is():
+    products, model, x = [], nn.Linear(4, 4), torch.randn(3, 4)
+    with DeferWeights(products) as defer:
+        y = torch.vmap(model)(x)
+    y.sum().backward()
+    assert defer.num_layers == 0
+    assert torch.allclose(model.weight.grad, x.sum(0).expand(4, 4))

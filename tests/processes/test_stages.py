@@ -102,6 +102,13 @@ def test_balance_by_time():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_units_that_change_their_input_are_measured():
+    model, sample = nn.Sequential(nn.ELU(inplace=True), Slow(0.01)), -torch.ones(2)
+    stages = split_stages(model, 2, balance="time", sample=sample)
+    assert [stage.part for stage in stages] == [(0, 1, 2), (1, 2, 2)]
+    assert sample.tolist() == [-1, -1]
+
+
 def measured_cut() -> list:
     rank = torch.distributed.get_rank()
     model = nn.Sequential(Slow(0.02 * (1 - rank)), Slow(0), Slow(0.01 * rank))
