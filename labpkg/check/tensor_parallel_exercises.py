@@ -6,6 +6,7 @@ samples, D width, F hidden width, N heads of width H.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -97,7 +98,7 @@ _COMPUTE_BOUND_WIDTH = Exercise(
     arguments=("n", "itemsize", "flops_per_s", "bytes_per_s"),
     reference=_bound(16, 2),
     cases=[
-        (3, 4, 8.0, 1.0),
+        (6, 4, 8.0, 1.0),  # here each mistake gives another number
         (8, 2, 4e14, 4e11),
         (8, 2, 4e14, 5e10),
         (4, 4, 1e11, 2e9),
@@ -120,6 +121,12 @@ _COMPUTE_BOUND_WIDTH = Exercise(
         "how many ranks share the arithmetic?": lambda n, *rest: (
             _bound(16, 2)(n, *rest) / n
         ),
+        "how does the answer depend on the number of ranks?": lambda n, *rest: _bound(
+            16, 2
+        )(2, *rest),
+        "that is the payload; what does a rank send of it?": lambda n, *rest: _bound(
+            16, 1
+        )(n + 1, *rest),
         "a rank of a ring does not send its last piece to itself": lambda n, *rest: (
             _bound(16, 2)(n + 1, *rest)
         ),
@@ -128,6 +135,12 @@ _COMPUTE_BOUND_WIDTH = Exercise(
         ),
         "from which width on, not from which 1 / width on": lambda *case: (
             1 / max(_bound(16, 2)(*case), 1e-30)
+        ),
+        "asked is the bound itself, not rounded up": lambda *case: math.ceil(
+            _bound(16, 2)(*case)
+        ),
+        "asked is the bound itself, not rounded down": lambda *case: math.floor(
+            _bound(16, 2)(*case)
         ),
     },
     hint="write down two times, each as a function of D and of the number of tokens, "
@@ -214,6 +227,9 @@ _FEED_FORWARD = Exercise(
         "the bias of the first layer stands inside relu": _late_bias,
         "relu belongs between the layers, on each slice": _relu_of_sum,
         "where is relu?": _no_relu,
+        "nothing stands behind the second layer": lambda *case: _whole_output(
+            *case
+        ).relu(),
         "the whole product of rows is not the mean over ranks": lambda *case: (
             _partial_sums(*case[:4]).mean(0) + case[4]
         ),
@@ -262,8 +278,10 @@ def _all_keys(N: int, G: int, H: int, n: int, rank: int) -> list[int]:
     return _rows(_heads(N, n, rank), H) + _rows(range(2 * G), H, N)
 
 
-def _head_numbers(N: int, G: int, H: int, n: int, rank: int) -> list[int]:
-    return _own_rows(N, G, 1, n, rank)
+def _far_values(N: int, G: int, H: int, n: int, rank: int) -> list[int]:
+    """Values after as many heads of keys as there are heads of queries."""
+    own, shared = _heads(N, n, rank), _heads(G, n, rank)
+    return _rows(own, H) + _rows(shared, H, N) + _rows(shared, H, 2 * N)
 
 
 _QKV_ROWS = Exercise(
@@ -287,13 +305,17 @@ _QKV_ROWS = Exercise(
         "there may be fewer heads of keys and values than of queries": _as_many_keys,
         "heads of a rank lie next to each other": _every_nth_head,
         "keys and values that no head of this rank reads": _all_keys,
-        "those are numbers of heads; a head has several rows": _head_numbers,
+        "those are numbers of heads; a head has several rows": (
+            lambda N, G, H, *rest: _own_rows(N, G, 1, *rest)
+        ),
         "where are the keys and values?": lambda N, G, H, n, rank: _rows(
             _heads(N, n, rank), H
         ),
-        "values begin where the keys end": lambda N, G, H, n, rank: sorted(
+        "values begin where the keys end": lambda N, G, H, n, rank: (
             _rows(_heads(N, n, rank), H) + 2 * _rows(_heads(G, n, rank), H, N)
         ),
+        "how many rows of keys lie before the first row of values?": _far_values,
+        "rows are counted from 0": lambda *case: [row + 1 for row in _own_rows(*case)],
     },
     hint="three blocks lie on top of each other; which rows of each are needed?",
 )
@@ -316,14 +338,6 @@ def _in_pairs(widths: Sequence[int], n: int) -> float:
     return (n - 1) / n * (rows + (widths[-1] if len(widths) % 2 == 0 else 0))
 
 
-def _all_columns(widths: Sequence[int], n: int) -> float:
-    return (n - 1) / n * sum(widths[1:])
-
-
-def _all_rows(widths: Sequence[int], n: int) -> float:
-    return 2 * (n - 1) / n * sum(widths[1:])
-
-
 def _without_scatter(widths: Sequence[int], n: int) -> float:
     """Rows always end in an all-reduce."""
     share = (n - 1) / n
@@ -340,7 +354,7 @@ _CHEAPEST_CUTS = Exercise(
     arguments=("widths", "n"),
     reference=_fewest,
     cases=[
-        ([4, 32, 4], 4),
+        ([6, 32, 4], 4),
         ([4, 16, 64, 16, 4], 2),
         ([8, 8], 4),
         ([16, 4, 16], 2),
@@ -352,11 +366,19 @@ _CHEAPEST_CUTS = Exercise(
     ],
     mistakes={
         "pairs of columns and rows are not always best": _in_pairs,
-        "columns everywhere: what would a cut by rows save?": _all_columns,
-        "rows everywhere: what would a cut by columns save?": _all_rows,
+        "columns everywhere: what would a cut by rows save?": lambda widths, n: (
+            (n - 1) / n * sum(widths[1:])
+        ),
+        "rows everywhere: what would a cut by columns save?": lambda widths, n: (
+            2 * (n - 1) / n * sum(widths[1:])
+        ),
         "must a product of rows always end in an all-reduce?": _without_scatter,
         "the output is to be whole on every rank": lambda widths, n: (
             _fewest(widths, n) - (n - 1) / n * widths[-1]
+        ),
+        "the activation before the last layer is cut: is there a cheaper way to a "
+        "whole output than an all-reduce?": lambda widths, n: (
+            _fewest(widths, n) + (n - 1) / n * widths[-1]
         ),
         "a rank of a ring sends a part of the payload": lambda widths, n: (
             _fewest(widths, n) * n / max(n - 1, 1)

@@ -81,7 +81,7 @@ def _answer(
     if own:
         p = torch.cat([torch.softmax(piece, -1) for piece in z.chunk(n, -1)], -1)
     else:
-        p = (z - torch.logsumexp(z, -1, keepdim=True)).exp()
+        p = (z - sums[:, None]).exp()
     return losses, list((p - onehot).chunk(n, -1))
 
 
@@ -91,6 +91,35 @@ def _unshifted(logits: Shards, targets: Tensor) -> Answer:
     peaks = z.amax(-1)
     sums = (z - peaks.unsqueeze(-1)).exp().sum((0, 2)).log()
     return _answer(logits, targets, sums + peaks.amax(0))
+
+
+def _sum_of_logs(logits: Shards, targets: Tensor) -> Answer:
+    """The log-sum-exps of the pieces are added."""
+    sums = torch.stack([torch.logsumexp(piece.double(), -1) for piece in logits])
+    return _answer(logits, targets, sums.sum(0))
+
+
+def _lost_maximum(logits: Shards, targets: Tensor) -> Answer:
+    z = torch.cat(list(logits), -1).double()
+    return _answer(logits, targets, torch.logsumexp(z, -1) - z.amax(-1))
+
+
+def _shifted_target(logits: Shards, targets: Tensor) -> Answer:
+    """The logit of the target has lost the maximum of its piece, the sum none."""
+    losses, gradients = _answer(logits, targets)
+    peaks = torch.stack(list(logits)).double().amax(-1)  # (n, B)
+    here = targets // logits[0].shape[-1]
+    return losses + peaks.gather(0, here[None])[0], gradients
+
+
+def _local_numbers(logits: Shards, targets: Tensor) -> Answer:
+    """Each rank takes its classes for 0 to V/n - 1."""
+    classes = torch.arange(logits[0].shape[-1], device=targets.device)
+    onehot = (targets[:, None] == classes).double()
+    z = torch.cat(list(logits), -1).double()
+    found = torch.stack([(onehot * piece).sum(-1) for piece in logits]).sum(0)
+    p = torch.softmax(z, -1).chunk(len(logits), -1)
+    return torch.logsumexp(z, -1) - found, [piece - onehot for piece in p]
 
 
 def _overflowing(logits: Shards, targets: Tensor) -> Answer:
@@ -179,19 +208,22 @@ _VOCABULARY_LOSS = Exercise(
             _answer(logits, targets)[1],
         ),
         "the gradient knows the target as well": _without_target,
+        "logarithms of sums do not add up to the logarithm of a sum": _sum_of_logs,
+        "a maximum was taken away before exp; where is it given back?": _lost_maximum,
+        "the sum has got its maximum back; has the logit of the target?": (
+            _shifted_target
+        ),
+        "targets are numbers of all classes; which of them has a rank?": _local_numbers,
+        "one loss for each sample, not their sum": (
+            lambda *case: (_answer(*case)[0].sum(), _answer(*case)[1])
+        ),
         "the gradient of the sum is asked, not of the mean": _mean_gradient,
         "one loss for each sample, and the gradient of their sum": _mean_loss,
         "the loss is not negative: which sign has the logit of the target?": (
-            lambda logits, targets: (
-                -_answer(logits, targets)[0],
-                _answer(logits, targets)[1],
-            )
+            lambda *case: (-_answer(*case)[0], _answer(*case)[1])
         ),
         "join nothing: each rank has a piece of the gradient": (
-            lambda logits, targets: (
-                _answer(logits, targets)[0],
-                torch.cat(_answer(logits, targets)[1], -1),
-            )
+            lambda *case: (_answer(*case)[0], torch.cat(_answer(*case)[1], -1))
         ),
     },
     hint="which numbers does every rank need from the others, for each sample?",
@@ -236,11 +268,6 @@ def _own_gain(xs: Any, gain: Any, ups: Any, downs: Any, grads: Any) -> Gradients
     return d_xs, own, d_ups, d_downs
 
 
-def _mean_gain(xs: Any, gain: Any, ups: Any, downs: Any, grads: Any) -> Gradients:
-    d_xs, d_gain, d_ups, d_downs = _layer(xs, gain, ups, downs, grads)
-    return d_xs, [d / len(xs) for d in d_gain], d_ups, d_downs
-
-
 def _one_gain(xs: Any, gain: Any, ups: Any, downs: Any, grads: Any) -> Any:
     d_xs, d_gain, d_ups, d_downs = _layer(xs, gain, ups, downs, grads)
     return d_xs, d_gain[0], d_ups, d_downs
@@ -283,10 +310,26 @@ def _unmasked(xs: Any, gain: Any, ups: Any, downs: Any, grads: Any) -> Gradients
     return list((d_h * gain).chunk(len(xs))), [d_gain] * len(xs), d_ups, d_downs
 
 
-def _unscaled(xs: Any, gain: Any, ups: Any, downs: Any, grads: Any) -> Gradients:
-    _, d_gain, d_ups, d_downs = _layer(xs, gain, ups, downs, grads)
-    d_h = _backward(xs, gain, ups, downs, grads)[0]
-    return list(d_h.chunk(len(xs))), d_gain, d_ups, d_downs
+def _lost_gain(xs: Any, gain: Any, *rest: Any) -> tuple[Any, ...]:
+    """Forward is repeated without the gain."""
+    d_xs, *others = _layer(xs, torch.ones_like(gain), *rest)
+    return [d * gain for d in d_xs], *others
+
+
+def _times(factors: Callable[[int, Tensor], tuple]) -> Callable[..., list[Any]]:
+    """Return the layer with its four answers multiplied."""
+
+    def answer(xs: Any, gain: Any, *rest: Any) -> list[Any]:
+        pairs = zip(_layer(xs, gain, *rest), factors(len(xs), gain), strict=True)
+        return [[d * factor for d in ds] for ds, factor in pairs]
+
+    return answer
+
+
+def _before_relu(xs: Any, gain: Any, ups: Any, downs: Any, grads: Any) -> Gradients:
+    d_xs, d_gain, d_ups, _ = _layer(xs, gain, ups, downs, grads)
+    h, g = torch.cat(list(xs)) * gain, torch.cat(list(grads))
+    return d_xs, d_gain, d_ups, [(h @ up).T @ g for up in ups]
 
 
 def _whole_tokens(xs: Any, gain: Any, ups: Any, downs: Any, grads: Any) -> Gradients:
@@ -330,7 +373,7 @@ _SEQUENCE_GRADIENTS = Exercise(
             _own_gain
         ),
         "the gradient of the gain is too small; tokens are added, not averaged": (
-            _mean_gain
+            _times(lambda n, _: (1, 1 / n, 1, 1))
         ),
         "every rank holds a copy of the gain: a list of its gradients, one for each": (
             _one_gain
@@ -339,8 +382,16 @@ _SEQUENCE_GRADIENTS = Exercise(
         "each rank has computed alone; where do they exchange something?": _alone,
         "which ranks have used a token?": _own_columns,
         "relu has a gradient as well": _unmasked,
-        "the gain stands between x and the product": _unscaled,
+        "the gain stands between x and the product": (
+            _times(lambda _, gain: (1 / gain, 1, 1, 1))
+        ),
         "a rank keeps its own tokens": _whole_tokens,
+        "what have the columns multiplied in forward, x or more?": _lost_gain,
+        "by what is the gain multiplied?": _times(lambda _, gain: (1, gain, 1, 1)),
+        "the ranks' terms are added, not averaged": (
+            _times(lambda n, _: (1 / n, 1 / n, 1, 1))
+        ),
+        "what has come into the rows of a rank in forward?": _before_relu,
     },
     hint="go through forward from its end to its beginning; what is the reverse of "
     "each exchange?",

@@ -1,5 +1,6 @@
 """The checkers of parallelism/tensor_parallel on cuts and costs: right and wrong."""
 
+import math
 from itertools import product
 from typing import Any
 
@@ -113,6 +114,19 @@ def every_nth(num_heads, num_kv_heads, head_width, n, rank):
     return torch.cat([block[rank::n] for block in blocks]).flatten().tolist()
 
 
+def values_on_keys(num_heads, num_kv_heads, head_width, n, rank):
+    own = qkv_rows(num_heads, num_kv_heads, head_width, n, rank)
+    width = num_kv_heads * head_width // n
+    return own[:-width] + own[-2 * width : -width]
+
+
+def values_after_as_many(num_heads, num_kv_heads, head_width, n, rank):
+    own = qkv_rows(num_heads, num_kv_heads, head_width, n, rank)
+    width = num_kv_heads * head_width // n
+    missing = (num_heads - num_kv_heads) * head_width
+    return own[:-width] + [row + missing for row in own[-width:]]
+
+
 def queries_only(num_heads, num_kv_heads, head_width, n, rank):
     return qkv_rows(num_heads, num_kv_heads, head_width, n, rank)[
         : num_heads * head_width // n
@@ -136,7 +150,16 @@ WRONG = [
     ("compute_bound_width", scaled(lambda n: 1 / n), "share the arithmetic"),
     ("compute_bound_width", scaled(lambda n: n / (n - 1)), "to itself"),
     ("compute_bound_width", lambda n, i, *rest: scaled(1)(n, 1, *rest), "counts numb"),
+    ("compute_bound_width", lambda n, *rest: scaled(1)(2, *rest), "number of ranks"),
+    ("compute_bound_width", scaled(lambda n: n / (2 * n - 2)), "is the payload"),
+    ("compute_bound_width", lambda *c: int(scaled(1)(*c)), "not rounded down"),
+    (
+        "compute_bound_width",
+        lambda *c: math.ceil(scaled(1)(*c) - 1e-9),
+        "not rounded up",
+    ),
     ("feed_forward", lambda x, *rest: x, "returns its argument"),
+    ("feed_forward", lambda *c: feed_forward(*c).relu(), "behind the second layer"),
     ("feed_forward", bias_on_each_rank, "how often"),
     ("feed_forward", lambda *c: feed_forward(*c) - c[4], "bias of the second"),
     ("feed_forward", relu_at_the_end, "between the layers"),
@@ -152,6 +175,9 @@ WRONG = [
     ("qkv_rows", equal_heads, "fewer heads"),
     ("qkv_rows", every_nth, "next to each other"),
     ("qkv_rows", queries_only, "where are the keys"),
+    ("qkv_rows", values_on_keys, "values begin where"),
+    ("qkv_rows", values_after_as_many, "first row of values"),
+    ("qkv_rows", lambda *case: [1 + row for row in qkv_rows(*case)], "from 0"),
     ("qkv_rows", lambda N, G, H, n, r: qkv_rows(N, G, 1, n, r), "has several rows"),
     ("cheapest_cuts", lambda widths, n: n, "returns its argument"),
     ("cheapest_cuts", pairs, "pairs of columns and rows"),
@@ -162,6 +188,11 @@ WRONG = [
         "cheapest_cuts",
         lambda w, n: cheapest_cuts(w, n) - w[-1] * (n - 1) / n,
         "whole on every rank",
+    ),
+    (
+        "cheapest_cuts",
+        lambda w, n: cheapest_cuts(w, n) + w[-1] * (n - 1) / n,
+        "than an all-reduce",
     ),
 ]
 

@@ -72,13 +72,49 @@ def without_maximum(logits, targets):
     return losses, list(gradient.chunk(len(logits), -1))
 
 
-def with_own_maxima(logits, targets):
-    _, gradients = vocabulary_loss(logits, targets)
-    wide = [piece.double() for piece in logits]
-    sums = sum((z - z.amax(-1, keepdim=True)).exp().sum(-1) for z in wide)
-    peak = torch.cat(wide, -1).amax(-1)
-    picked = torch.cat(wide, -1).gather(-1, targets[:, None])[:, 0]
-    return torch.as_tensor(sums).log() + peak - picked, gradients
+def merged(log_sum, shifted_target=False):
+    """Return an answer in one exchange that makes the log-sum-exp of three numbers."""
+
+    def answer(logits, targets):
+        z = torch.stack(logits).double()  # (n, B, V/n)
+        peaks = z.amax(-1)
+        sums = log_sum(peaks, (z - peaks[..., None]).exp().sum(-1))
+        onehots = F.one_hot(targets, z.shape[-1] * len(z)).chunk(len(z), -1)
+        found = z - peaks[..., None] if shifted_target else z
+        picked = sum((f * h).sum(-1) for f, h in zip(found, onehots, strict=True))
+        gradients = (z - sums[:, None]).exp() - torch.stack(onehots)
+        return sums - picked, list(gradients)
+
+    return answer
+
+
+def right_sum(peaks, totals):
+    return (peaks + totals.log()).logsumexp(0)
+
+
+with_own_maxima = merged(lambda peaks, totals: totals.sum(0).log() + peaks.amax(0))
+sum_of_logs = merged(lambda peaks, totals: (peaks + totals.log()).sum(0))
+lost_maximum = merged(lambda *given: right_sum(*given) - given[0].amax(0))
+shifted_target = merged(right_sum, shifted_target=True)
+
+
+def test_the_wrong_merges_differ_from_a_right_one_in_a_detail():
+    assert EXERCISES["vocabulary_loss"](merged(right_sum))
+
+
+def local_numbers(logits, targets):
+    """Each rank compares targets with 0 to V/n - 1."""
+    classes = torch.arange(logits[0].shape[-1])
+    onehot = (targets[:, None] == classes).double()
+    z = torch.cat(logits, -1).double()
+    picked = sum((piece * onehot).sum(-1) for piece in logits)
+    pieces = z.softmax(-1).chunk(len(logits), -1)
+    return z.logsumexp(-1) - picked, [p - onehot for p in pieces]
+
+
+def summed(logits, targets):
+    losses, gradients = vocabulary_loss(logits, targets)
+    return losses.sum(), gradients
 
 
 def wrapped_targets(logits, targets):
@@ -139,11 +175,37 @@ def without_gain(xs, gain, *rest):
     return ([d / gain for d in d_xs], *others)
 
 
+def averaged_terms(*case):
+    d_xs, d_gain, *rest = sequence_gradients(*case)
+    return ([d / len(d_xs) for d in d_xs], [d / len(d_xs) for d in d_gain], *rest)
+
+
+def forgotten_gain(xs, gain, *rest):
+    d_xs, *others = sequence_gradients(xs, torch.ones_like(gain), *rest)
+    return ([d * gain for d in d_xs], *others)
+
+
+def gain_of_normed(xs, gain, *rest):
+    d_xs, d_gain, *others = sequence_gradients(xs, gain, *rest)
+    return (d_xs, [d * gain for d in d_gain], *others)
+
+
+def rows_before_relu(xs, gain, ups, downs, grads):
+    h, g = torch.cat(xs) * gain, torch.cat(grads)
+    right = sequence_gradients(xs, gain, ups, downs, grads)
+    return (*right[:3], [(h @ up).T @ g for up in ups])
+
+
 WRONG = [
     ("vocabulary_loss", lambda logits, targets: logits, "returns its argument"),
     ("vocabulary_loss", own_softmax, "over all classes"),
     ("vocabulary_loss", without_maximum, "take something away"),
     ("vocabulary_loss", with_own_maxima, "the same number was taken away"),
+    ("vocabulary_loss", sum_of_logs, "do not add up"),
+    ("vocabulary_loss", lost_maximum, "given back"),
+    ("vocabulary_loss", shifted_target, "has the logit of the target"),
+    ("vocabulary_loss", local_numbers, "numbers of all classes"),
+    ("vocabulary_loss", summed, "not their sum"),
     ("vocabulary_loss", wrapped_targets, "nothing to say"),
     ("vocabulary_loss", averaged, "not of the mean"),
     ("vocabulary_loss", joined, "a piece of the gradient"),
@@ -154,6 +216,10 @@ WRONG = [
     ("sequence_gradients", one_gain, "one for each"),
     ("sequence_gradients", all_tokens, "keeps its own tokens"),
     ("sequence_gradients", without_gain, "between x and the product"),
+    ("sequence_gradients", averaged_terms, "added, not averaged"),
+    ("sequence_gradients", forgotten_gain, "x or more"),
+    ("sequence_gradients", gain_of_normed, "is the gain multiplied"),
+    ("sequence_gradients", rows_before_relu, "into the rows"),
 ]
 
 
