@@ -167,7 +167,10 @@ CASES = {
 }
 GROUPED = {
     "llama": Case(lambda: Llama(False), llama_plan(*SEPARATE)),
-    "llama, fused": Case(lambda: Llama(True), llama_plan(*FUSED)),
+    "llama, fused": Case(
+        lambda: Llama(True),  # cut layers inside keep their own gradients
+        llama_plan(*FUSED, "*.heads") | {"*.attention": "partial"},
+    ),
     "llama, regions": Case(lambda: Llama(False), llama_plan(*SEPARATE) | REGIONS),
     "llama, sequence": Case(
         lambda: Llama(False), llama_plan(*SEPARATE) | SEQUENCE, True

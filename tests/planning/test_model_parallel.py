@@ -256,3 +256,11 @@ def test_bad_borders_raise():
         pipeline_bytes(one_f_one_b(3, 2), 0, activation_bytes=[1, 2, 3])
     with pytest.raises(ValueError, match="rank=3 is none of"):
         pipeline_bytes(one_f_one_b(3, 2), 3, activation_bytes=1)
+
+
+def test_the_loss_adds_up_in_single_precision_at_least():
+    for itemsize, nbytes in ((2, 4), (4, 4), (8, 8)):
+        sent = tensor_parallel_bytes(
+            [], tokens=7, itemsize=itemsize, parallel_loss=True
+        )
+        assert sent == {"all_reduce": 3 * 7 * nbytes}
