@@ -84,8 +84,7 @@ def apply_tensor_parallel(
         column               output features are cut; each rank returns its own
         column:U             in units of U rows, such as a head: column:64
         column_fused:K       K equal matrices are stacked, each is cut: q, k, v
-        column_fused:A+B+C   matrices of A, B and C rows: q, k, v with grouped heads
-        column_fused:...:U   either, in units of U rows
+        column_fused:A+B:U   matrices of A and B rows; here in units of U rows
         column_gather        as column, but each rank returns all features: a head
         row, row:U           input features are cut; the outputs are added up
 
@@ -93,14 +92,12 @@ def apply_tensor_parallel(
 
         vocab                the vocabulary is cut; each rank returns all
         region               column layers inside that share an input enter it once
-        partial              it sees the rank's features, as a norm of each head does:
-                             gradients of its parameters add up
-        dropout              random numbers in its forward differ by rank, as they must
-                             where ranks hold different features or positions
+        partial              it sees the rank's heads or features: gradients add up
+        dropout              its random numbers differ by rank, as slices need it
 
     With `sequence_parallel` activations between the layers are cut along T, dim 1:
-    `column` gathers T, `row` returns this rank's positions, and each parameter must be
-    named, for one that sees a slice of the positions has a part of its gradient only::
+    `column` gathers T, `row` returns this rank's positions. Each parameter must be
+    named, for one that sees some positions has a part of its gradient only::
 
         sequence             a norm; any: gradients add up, but of what is named inside
         sequence_scatter     an embedding; any: its output is cut along T
@@ -109,10 +106,9 @@ def apply_tensor_parallel(
         whole                any: it sees all positions; nothing happens
 
     All ranks take parameters, buffers and torch's random state from rank 0 of the axis,
-    so whatever their seeds, what is drawn later is equal, but inside `dropout`. Inputs
-    and output are the same on all ranks. Parameters stay the same objects: tied ones
-    stay tied, `cut_of` says how each is cut. Gradients are dropped. Layers must be
-    called: nobody else may compute with the weights of one that is cut.
+    so what is drawn later is equal, but inside `dropout`. Inputs and output are the
+    same on all ranks. Parameters stay the same objects, tied or not, and `cut_of` says
+    how each is cut; gradients are dropped. Only a layer itself may use its weights.
 
     Args:
         model: The same on every rank but for values; it reshapes to -1 heads.
@@ -145,8 +141,7 @@ def apply_tensor_parallel(
     _check_parameters(model, layouts)
     model.zero_grad()
     state = (*model.parameters(), *model.buffers())
-    # A layer that was built parallel has its own slice on each rank.
-    broadcast_state([t for t in state if cut_of(t) is None], mesh)
+    broadcast_state([t for t in state if cut_of(t) is None], mesh)  # cuts differ
     _share_random_state(mesh)
     for match, layout in layouts:
         match.module.__class__ = _LAYERS[match.rule.kind][1]

@@ -793,6 +793,7 @@ def test_other_bad_input_raises_on_every_rank(world2):
         refuse(nn.Linear(2, 2, device="meta"), plan)
         refuse(nn.Linear(2, 2 + rank), plan)
         refuse(nn.Linear(2, 2), {"": "row" if rank else "column"})
+        refuse(nn.Linear(2, 2), plan, sequence_parallel=bool(rank))
         cut = apply_tensor_parallel(nn.Linear(2, 2), mesh, plan)
         refuse(cut, plan)
         noisy = apply_tensor_parallel(nn.Dropout(), mesh, {"": "dropout"})
@@ -809,6 +810,7 @@ def test_other_bad_input_raises_on_every_rank(world2):
         "has 4 axes",
         "lies on meta",
         "holds another model",
+        "has another plan",
         "has another plan",
         "is parallel already",
         "named by a plan before",

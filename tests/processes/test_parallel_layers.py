@@ -297,7 +297,7 @@ def test_autocast_computes_in_half_precision(world2):
         with torch.autocast("cpu", torch.bfloat16):
             y = column(draw(B, IN).to(dtype).requires_grad_(True))
             z = row(own(y))
-            z.float().sum().backward()
+        z.float().sum().backward()
         for p in (*column.parameters(), *row.parameters()):
             assert p.grad is not None
             found.append(p.grad.dtype)
