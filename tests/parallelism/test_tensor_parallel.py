@@ -800,7 +800,12 @@ def test_other_bad_input_raises_on_every_rank(world2):
         refuse(noisy, {"": "dropout"})
         replica = lab.DataParallel(nn.Linear(2, 2), meshes["dp"])
         refuse(replica.module, plan)
-        refuse(nn.Embedding(4, 2, max_norm=1.0), {"": "vocab"})
+        for option in (
+            {"max_norm": 1.0},
+            {"scale_grad_by_freq": True},
+            {"sparse": True},
+        ):
+            refuse(nn.Embedding(4, 2, **option), {"": "vocab"})
         shard = lab.fully_shard(nn.Linear(2, 2), meshes["dp"])
         refuse(shard, plan)
         lab.barrier()
@@ -815,7 +820,7 @@ def test_other_bad_input_raises_on_every_rank(world2):
         "is parallel already",
         "named by a plan before",
         "belongs to another DataParallel",
-        "max_norm",
+        *["max_norm, scale_grad_by_freq and sparse"] * 3,
         "is cut by ZeRO",
     )
     for messages in world2.run(run):
