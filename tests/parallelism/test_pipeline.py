@@ -160,6 +160,23 @@ class Shared(nn.Module):
         return x
 
 
+class Quiet(nn.Module):
+    """Uses a layer, but does not train it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return x + self.layer(x).detach()
+
+
+def used_once() -> nn.Module:
+    """The last stage has a copy that only the first one gives a gradient."""
+    first = nn.Linear(6, 6)
+    return nn.Sequential(first, *tower(4), Quiet(first))
+
+
 class Unused(nn.Module):
     def __init__(self):
         super().__init__()
@@ -177,6 +194,7 @@ def train(
     pipe = make(model, schedule, mesh, recompute=recompute)
     reference, (x, y) = assembled(model, pipe), batch()
     for _ in range(num_steps):
+        x = -2 * x
         loss = pipe.step(x, y)
         want = mean_squared(reference(x), y)
         want.backward()
@@ -209,7 +227,7 @@ def convolution() -> nn.Module:
 
 def all_models(name: str) -> dict:
     models = [Shared, frozen_start, without_parameters, convolution, in_place]
-    models.append(checkpointed)
+    models += [checkpointed, used_once]
     found = {build.__name__: train(build, name, num_steps=2) for build in models}
     for build in (tower, Shared, checkpointed):
         found[f"{build.__name__} again"] = train(build, name, recompute=True)
@@ -363,6 +381,7 @@ def with_data_parallel(name: str) -> dict:
         pipe = Pipeline(own, schedule, mesh["pp"], loss_fn=mean_squared)
         reference, (x, y) = assembled(model, pipe), batch(4 * M)
         for _ in range(2):
+            x = -2 * x  # a gradient that is there already is another one
             with lab.count_comms() as log:
                 pipe.step(x.chunk(2)[dp], y.chunk(2)[dp])
             mean_squared(reference(x), y).backward()
@@ -524,14 +543,26 @@ def test_timeline(world2):
     assert timeline.makespan_s >= 0.01 * (M + 1)
 
 
-def half_precision() -> list:
+class Precise(nn.Linear):
+    """Stays out of autocast, forward and so backward."""
+
+    def forward(self, input):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(input)
+
+
+def precise() -> nn.Module:
+    return nn.Sequential(*(Precise(6, 6) for _ in range(4)))
+
+
+def half_precision(build) -> list:
     """Casts of weights that run without gradients must not be kept."""
     _, mesh = start()
     torch.set_default_dtype(torch.float32)
     found = []
     for name in ("gpipe", "h1"):
         for recompute in (False, True):
-            schedule, model = SCHEDULES[name](mesh.size()), tower()
+            schedule, model = SCHEDULES[name](mesh.size()), build()
             pipe = make(model, schedule, mesh, recompute=recompute)
             reference, (x, y) = assembled(model, pipe), batch()
             x, y = x.float(), y.float()
@@ -546,9 +577,10 @@ def half_precision() -> list:
     return found
 
 
-def test_autocast(world2):
-    for found in world2.run(half_precision):
-        assert max(found) <= 2e-3
+@pytest.mark.parametrize(("build", "tolerance"), [(tower, 2e-3), (precise, 1e-6)])
+def test_autocast(world2, build, tolerance):
+    for found in world2.run(half_precision, build):
+        assert max(found) <= tolerance
 
 
 # ---- errors ------------------------------------------------------------------------
@@ -738,6 +770,15 @@ def test_backward_inside_forward_cannot_be_split(world2):
         assert max(pair) <= TOLERANCE
     with pytest.raises(lab.RankError, match="use a schedule without I and W"):
         world2.run(train, penalized, "h1")
+
+
+def recompute_in_place() -> None:
+    train(in_place, "gpipe", recompute=True)
+
+
+def test_an_input_that_changes_cannot_run_again(world2):
+    with pytest.raises(lab.RankError, match="changes its input in place"):
+        world2.run(recompute_in_place)
 
 
 def refuse(x):

@@ -1,10 +1,16 @@
 """Messages of a pipeline: what proves that one has arrived, and batches of ticks."""
 
+from typing import cast
+
 import pytest
+import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from labpkg.planning.actions import Schedule
 from labpkg.planning.schedules import gpipe, interleaved, one_f_one_b, zero_bubble
+from labpkg.processes import mail
 from labpkg.processes.mail import batches_of, route_of
+from labpkg.processes.transport import Done
 
 SCHEDULES = {
     "gpipe": gpipe(4, 9),
@@ -148,3 +154,20 @@ def test_batches_in_the_order_of_ticks_never_block_each_other(name, forward_only
                     done[rank] += 1
                     progress = True
     assert ended == [len(own) for own in batches]
+
+
+def test_receives_are_posted_before_they_are_needed(monkeypatch):
+    """gloo moves a message only once its receive is there."""
+    posted = []
+    monkeypatch.setattr(
+        mail, "irecv", lambda *a, **k: posted.append(k["tag"]) or Done()
+    )
+    schedule = gpipe(2, 20)
+    (_, route), cpu = routes(schedule), torch.device("cpu")
+    specs = {1: mail.Spec((2,), torch.float32)}
+    box = mail.Mailbox(route, specs, 20, cast(DeviceMesh, None), cpu)
+    wanted = [1 + 2 * (20 + m) for m in range(20)]
+    assert posted == wanted[:8]
+    for message in route.incoming[:5]:
+        assert box.take(message.consumer).shape == (2,)
+    assert posted == wanted[:13]
