@@ -281,6 +281,39 @@ def test_a_schedule_made_by_hand(world2):
             assert max(pair) <= TOLERANCE, (key, pair)
 
 
+class Deaf(nn.Linear):
+    def forward(self, input):
+        return super().forward(input.detach())
+
+
+def without_a_way_back() -> list[Tensor | None]:
+    _, mesh = start()
+    model, schedule = nn.Sequential(nn.Linear(6, 6), Deaf(6, 6)), one_f_one_b(2, M)
+    pipe = make(model, schedule, mesh)
+    pipe.step(*batch())
+    return [p.grad for p in pipe.parameters()]
+
+
+def test_a_stage_that_does_not_use_its_input_returns_zeros(world2):
+    first, second = world2.run(without_a_way_back)
+    assert not any(gradient.any() for gradient in first)
+    assert all(gradient.all() for gradient in second)
+
+
+def first_unit_in_place() -> tuple[Tensor, Tensor]:
+    _, mesh = start()
+    model = nn.Sequential(nn.ELU(inplace=True), nn.Linear(6, 6))
+    pipe, (x, y) = make(model, one_f_one_b(2, M), mesh), batch()
+    pipe.step(x, y)
+    return x, batch()[0]
+
+
+def test_the_trial_for_shapes_leaves_the_batch_as_it_is(world2):
+    (once, before), (untouched, _) = world2.run(first_unit_in_place)
+    assert torch.equal(once, nn.functional.elu(before))  # by the step, on stage 0
+    assert torch.equal(untouched, before)
+
+
 def one_rank() -> dict:
     return {name: train(tower, name) for name in SCHEDULES}
 
@@ -574,6 +607,8 @@ def half_precision(build) -> list:
                 assert p.grad is not None
                 assert p.grad.dtype == torch.float32
             found.append(deviation(pipe, reference))
+            want = mean_squared(reference(x), y)
+            found.append((pipe.step(x, y) - want).abs().item())  # other dtypes travel
     return found
 
 
@@ -640,6 +675,12 @@ def errors() -> tuple[float, float]:
         ),
         "pass stage s of one split_stages": lambda: build(model=tower(8 + rank)),
         "two tensors on this rank": break_tie,
+        "differ in shape, dtype or requires_grad": lambda: build(
+            model=gpt().requires_grad_(rank == 0)
+        ),
+        "makes sparse gradients": lambda: stage(
+            module=nn.Sequential(nn.Embedding(3, 6, sparse=rank == 1))
+        ),
         "ZeRO cuts its gradient before": cut_tie,
         "not divisible into 6": lambda: build().step(x[1:], y[1:]),
         "y of shape .* is not divisible": lambda: build().step(x, y[:-1]),
@@ -812,9 +853,17 @@ def test_an_error_in_a_stage_names_its_rank(world2):
     assert time.monotonic() - began < 30
 
 
-def depends_on_values() -> None:
+def fewer_rows(x: Tensor) -> Tensor:
+    return x[x[:, 0] < 2]
+
+
+def half_as_precise(x: Tensor) -> Tensor:
+    return x if x.max() < 2 else x.float()
+
+
+def depends_on_values(what) -> None:
     rank, mesh = start()
-    module = Wrong(lambda x: x[x[:, 0] < 2] if rank == 0 else x)
+    module = Wrong(what if rank == 0 else lambda x: x)
     pipe = Pipeline(module, one_f_one_b(2, M), mesh, loss_fn=mean_squared)
     x, y = batch()
     pipe.step(x.clamp(max=1), y)
@@ -822,6 +871,7 @@ def depends_on_values() -> None:
     pipe.step(x, y)
 
 
-def test_a_shape_that_depends_on_values_is_refused(world2):
+@pytest.mark.parametrize("what", [fewer_rows, half_as_precise])
+def test_a_shape_that_depends_on_values_is_refused(world2, what):
     with pytest.raises(lab.RankError, match="a shape may depend on shapes only"):
-        world2.run(depends_on_values)
+        world2.run(depends_on_values, what)
