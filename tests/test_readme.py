@@ -74,13 +74,18 @@ def test_every_file_that_is_linked_exists():
 
 
 @pytest.mark.timeout(180)
-def test_the_example_runs_as_it_is_printed(tmp_path):
-    (example,) = blocks("python")
+def test_the_examples_run_as_they_are_printed(tmp_path):
+    train, pipeline = blocks("python")
     script = tmp_path / "example.py"
-    script.write_text(example + "\nprint(history[0], history[-1])\n")
-    first, last = map(float, run(sys.executable, str(script)).split()[-2:])
+    script.write_text(
+        f"{train}\n{pipeline}\n"
+        "print(history[0], history[-1], *(loss.item() for loss in losses))\n"
+    )
+    printed = map(float, run(sys.executable, str(script)).split()[-4:])
+    first, last, loss, same = printed
     assert first > 2.0
     assert last < 0.5
+    assert loss == same > 4.0
 
 
 @pytest.mark.timeout(180)
