@@ -5,6 +5,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 import labpkg as lab
 from labpkg.foundations.optimizers import elementwise_defaults
 from labpkg.parallelism.zero import ZeroOptimizer
+from labpkg.processes import collectives
 from labpkg.processes.flat import shard_of
 
 TOLERANCE = 1e-12
@@ -80,14 +82,14 @@ def reference(name: str, optimizer: str, num_parts: int = 4) -> dict:
     return {k: p.detach() for k, p in model.named_parameters()}
 
 
-def train(name, optimizer, stage, *, accumulate="", **kwargs) -> dict:
+def train(name, optimizer, stage, *, accumulate="", silent=False, **kwargs) -> dict:
     mesh = lab.make_mesh(dp=dist.get_world_size())["dp"]
     n, rank = mesh.size(), mesh.get_local_rank()
     model = build(name)
     cls, options = OPTIMIZERS[optimizer]
     options |= kwargs
     opt = ZeroOptimizer(groups(model), cls, mesh, stage=stage, **options)
-    with lab.count_comms() as log:
+    with lab.count_comms() as log, collectives.off() if silent else nullcontext():
         steps(model, opt, n, rank, accumulate)
     assert all(p.grad is None for p in model.parameters())
     return {
@@ -141,6 +143,13 @@ def test_parameters_equal_one_process(trained_on_four, name, stage, optimizer):
         assert found["reduced"] == found["gathered"] == 5 * size
         trainable = sum(p.requires_grad for p in model.parameters())
         assert found["flags"] == 5 * trainable
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_silent_ranks_end_elsewhere(world2, stage):
+    want = reference("mlp", "adamw", 2)
+    for found in world2.run(train, "mlp", "adamw", stage, silent=True):
+        assert deviation(found["params"], want) > 1e-2
 
 
 @pytest.mark.parametrize("accumulate", ["no_sync", "reduce each"])
