@@ -88,7 +88,7 @@ class Callback:
         """After a step, before the checkpoint that may be due."""
 
     def after_save(self, run: Run, path: Path) -> None:
-        """After a checkpoint was saved; with asynchronous saving, after it was begun."""
+        """After a checkpoint was saved; an asynchronous one is complete then, too."""
 
     def on_end(self, run: Run) -> None:
         """After the last step and the last checkpoint; not after an error."""

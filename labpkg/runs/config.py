@@ -3,9 +3,9 @@
 Contract: importing this module imports no torch, so a command line answers a wrong
 option in a tenth of a second. `resolved` fills what depends on the machine; `identity`
 is the part that a checkpoint must agree with: two runs of one identity compute the
-same weights, on however many ranks.
+same weights but for rounding, on however many ranks and under whatever layout.
 
-Chapter: runs/checkpointing.
+Chapters: planning/device_mesh, runs/checkpointing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from labpkg.planning.layout import Layout
+
 _DEVICES = ("cpu", "cuda")
-_PRECISIONS = ("fp32", "bf16", "fp64")
+_PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 _DATA = ("digits", "stdlib")
 
 
@@ -67,43 +69,72 @@ class TrainConfig:
     """Describe a training run.
 
     Args:
-        dp: Data-parallel ranks; None takes all GPUs, else 2 processes on the CPU.
+        pp: Ranks that hold consecutive stages of the model.
+        dp: Ranks that share a batch; None takes all GPUs, else 2 processes on the CPU.
+        tp: Ranks that share each layer.
+        zero: What the dp ranks divide: 0 nothing, 1 the optimizer state, 2 gradients
+            too, 3 parameters too.
+        schedule: 1f1b, gpipe, interleaved, zb-h1 or zb-v; None is 1f1b if pp > 1.
+        num_micro_batches: Pieces of a batch in the pipeline; None is 2 pp.
+        num_virtual_stages: Stages of each rank under the schedule interleaved.
+        sequence_parallel: Also divide what lies between the layers that tp cuts.
+        grad_accum: Passes whose gradients are added up before a step.
+        recompute: Keep no activations inside a block; compute them again for backward.
         steps: Optimizer steps; the learning rate falls towards the last one.
         global_batch_size: Samples of one step, over all ranks.
         model: gpt-1m, gpt-10m or mlp; None chooses by the data.
         data: stdlib (source of Python's library), digits, or a file of yours.
         lr: Peak learning rate of AdamW; None takes the usual one of the model.
-        precision: fp32, bf16 (autocast) or fp64; None is bf16 on a GPU, else fp32.
+        clip: Largest norm of the gradient, over all ranks; None clips nothing.
+        precision: fp32, bf16 or fp16 (autocast), or fp64; None is bf16 on a GPU, else
+            fp32.
         device: cpu or cuda; None takes GPUs where there are enough.
         seed: Chooses the initial weights, the order of the data and the sample.
         out: Folder for checkpoints and TensorBoard files.
         checkpoint_every: Steps between checkpoints; 0 saves after the last step only.
-        resume: A checkpoint folder, or "newest" for the newest valid one of `out`.
+        keep: The newest checkpoints stay; 0 keeps all.
+        async_save: Write checkpoints while the training goes on.
+        resume: A checkpoint folder, "newest" for the newest valid one of `out`, or
+            "auto" for the same, if there is one.
 
     Raises:
         ValueError: If a value is unknown, out of range, or does not fit another one.
     """
 
+    pp: int = 1
     dp: int | None = None
+    tp: int = 1
+    zero: int = 0
+    schedule: str | None = None
+    num_micro_batches: int | None = None
+    num_virtual_stages: int = 2
+    sequence_parallel: bool = False
+    grad_accum: int = 1
+    recompute: bool = False
     steps: int = 600
     global_batch_size: int = 8
     model: str | None = None
     data: str = "stdlib"
     lr: float | None = None
+    clip: float | None = 1.0
     precision: str | None = None
     device: str | None = None
     seed: int = 0
     out: Path = Path("runs_out/train")
     checkpoint_every: int = 100
+    keep: int = 3
+    async_save: bool = False
     resume: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
             ("dp", 1),
+            ("grad_accum", 1),
             ("steps", 1),
             ("global_batch_size", 1),
             ("seed", 0),
             ("checkpoint_every", 0),
+            ("keep", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -111,18 +142,35 @@ class TrainConfig:
         _require_known("model", self.model, MODELS)
         _require_known("precision", self.precision, _PRECISIONS)
         _require_known("device", self.device, _DEVICES)
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise ValueError(
-                f"lr={self.lr} must be a positive number; choose e.g. 1e-3"
-            )
-        self._check_batch()
+        for name, example in (("lr", "1e-3"), ("clip", "1.0")):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(
+                    f"{name}={value} must be a positive number; choose e.g. {example}"
+                )
+        self._check_layout()
         self._check_data()
 
-    def _check_batch(self) -> None:
+    def _check_layout(self) -> None:
+        layout = self.layout
         if self.dp is not None and self.global_batch_size < self.dp:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} leaves some of the dp="
                 f"{self.dp} ranks without a sample; choose {self.dp} or more"
+            )
+        parts = layout.dp * layout.grad_accum_steps
+        if layout.is_pipeline:
+            parts *= layout.make_schedule().num_micro_batches
+        if layout.is_pipeline and self.global_batch_size % parts:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not divisible by dp * "
+                f"grad_accum * num_micro_batches = {parts}, and a pipeline takes equal "
+                f"micro-batches; choose a multiple of {parts}"
+            )
+        if self.global_batch_size < parts:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} leaves some of the dp * "
+                f"grad_accum = {parts} passes without a sample; choose {parts} or more"
             )
 
     def _check_data(self) -> None:
@@ -142,6 +190,45 @@ class TrainConfig:
     def model_name(self) -> str:
         """The name of the model, chosen by the data if none was given."""
         return self.model or ("mlp" if self.data == "digits" else "gpt-1m")
+
+    @property
+    def layout(self) -> Layout:
+        """How the ranks divide the work; one dp rank while `dp` is None.
+
+        Raises:
+            ValueError: If the numbers are impossible.
+        """
+        return Layout(
+            pp=self.pp,
+            dp=self.dp or 1,
+            tp=self.tp,
+            zero=self.zero,
+            schedule=self.schedule,
+            num_micro_batches=self.num_micro_batches,
+            num_virtual_stages=self.num_virtual_stages,
+            sequence_parallel=self.sequence_parallel,
+            grad_accum_steps=self.grad_accum,
+            recompute=self.recompute,
+        )
+
+    def dp_of(self, num_ranks: int) -> int:
+        """Return how many ranks share a batch in a job.
+
+        Args:
+            num_ranks: Ranks of the job.
+
+        Raises:
+            ValueError: If the axes do not multiply to the number of ranks.
+        """
+        replica = self.pp * self.tp
+        dp = num_ranks // replica if self.dp is None else self.dp
+        if replica * dp != num_ranks:
+            axes = f"pp={self.pp} * dp={dp} * tp={self.tp}"
+            raise ValueError(
+                f"{axes} = {replica * dp}, but there are {num_ranks} ranks; choose "
+                f"factors whose product is {num_ranks}, or that many ranks"
+            )
+        return dp
 
     def resolved(self, *, dp: int, device: str) -> TrainConfig:
         """Return the same run with nothing left to choose.
@@ -165,7 +252,7 @@ class TrainConfig:
     def identity(self, fingerprint: str) -> dict[str, Any]:
         """Return what decides the weights of a resolved run, but for rounding.
 
-        The number of ranks is not part of it: a run may resume on more or fewer.
+        The layout is not part of it: a run may resume on other ranks, cut otherwise.
 
         Args:
             fingerprint: A checksum of the training data.
@@ -177,6 +264,7 @@ class TrainConfig:
             "steps": self.steps,
             "global_batch_size": self.global_batch_size,
             "lr": self.lr,
+            "clip": self.clip,
             "precision": self.precision,
             "seed": self.seed,
         }

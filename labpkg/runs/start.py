@@ -28,12 +28,15 @@ from labpkg.runs.checkpoint import (
 )
 from labpkg.runs.config import TrainConfig, first_difference
 
+_OWN = ("newest", "auto")  # go on in the own folder
+
 
 def find_start(config: TrainConfig, fingerprint: str) -> tuple[Path | None, list[str]]:
     """Find the checkpoint that a run starts from; nothing is changed.
 
     A restarted job takes the newest valid one of its own, and without one starts as it
-    did the first time.
+    did the first time; so does `resume="auto"`, which finds out by itself whether it is
+    the first time.
 
     Args:
         config: The resolved run.
@@ -48,14 +51,15 @@ def find_start(config: TrainConfig, fingerprint: str) -> tuple[Path | None, list
     """
     folder = config.out / "checkpoints"
     checkpoint, skipped = None, []
-    if _is_restart() or config.resume == "newest":
+    if _is_restart() or config.resume in _OWN:
         checkpoint, skipped = newest_checkpoint(folder)
     if checkpoint is None and config.resume == "newest":
         why = "; ".join(skipped) or "it has none"
         raise ValueError(
-            f"{folder} has no checkpoint to resume from ({why}); start without resume"
+            f"{folder} has no checkpoint to resume from ({why}); start without resume, "
+            "or with resume='auto'"
         )
-    if checkpoint is None and config.resume is not None:
+    if checkpoint is None and config.resume not in (None, "auto"):
         checkpoint = Path(config.resume)
         verify_checkpoint(checkpoint)
     if checkpoint is not None:
@@ -80,7 +84,7 @@ def set_aside(config: TrainConfig) -> list[str]:
     """
     out, previous = config.out, config.out / "previous"
     checkpoints, scalars = out / "checkpoints", out / "tensorboard"
-    if _is_restart() or config.resume == "newest" or _is_inside(config, checkpoints):
+    if _is_restart() or config.resume in _OWN or _is_inside(config, checkpoints):
         return []
     if not list_checkpoints(checkpoints):
         shutil.rmtree(scalars, ignore_errors=True)
