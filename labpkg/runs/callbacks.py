@@ -10,12 +10,12 @@ Chapters: runs/checkpointing, runs/faults.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
 
-    from labpkg.runs.compose import Composition, StepReport
+    from labpkg.runs.composition import Composition, StepReport
     from labpkg.runs.config import TrainConfig
 
 
@@ -79,19 +79,44 @@ class Callback:
     """Do something at some points of a run; each method may be left out."""
 
     def on_start(self, run: Run) -> None:
-        """Before the first step, after the state of a checkpoint was loaded."""
+        """Before the first step, after the state of a checkpoint was loaded.
+
+        Args:
+            run: The run, as in the other methods.
+        """
 
     def before_step(self, run: Run) -> None:
         """Before a step; `run.step` are done."""
 
     def after_step(self, run: Run, report: StepReport) -> None:
-        """After a step, before the checkpoint that may be due."""
+        """After a step, before the checkpoint that may be due.
+
+        Args:
+            run: The run.
+            report: What the step has found, or why it was skipped.
+        """
 
     def after_save(self, run: Run, path: Path) -> None:
-        """After a checkpoint was saved; an asynchronous one is complete then, too."""
+        """After a checkpoint is complete, also one that was written asynchronously.
+
+        Args:
+            run: The run.
+            path: The folder of the checkpoint.
+        """
 
     def on_end(self, run: Run) -> None:
         """After the last step and the last checkpoint; not after an error."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must know: JSON values, the same on all ranks."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` has returned, before `on_start`.
+
+        Args:
+            state: From the checkpoint.
+        """
 
     def close(self) -> None:
         """Undo what `on_start` has done to the process, whatever has happened.
