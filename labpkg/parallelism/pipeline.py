@@ -53,7 +53,8 @@ class Pipeline(nn.Module):
 
     A stage may be a `DataParallel`, which then reduces once per step. Stages of one
     rank that share a parameter take one around all, `DataParallel(nn.ModuleList(own),
-    mesh["dp"])`, which broadcasts no buffers.
+    mesh["dp"])`, which broadcasts no buffers. With a `ZeroOptimizer` call `step` under
+    its `no_sync` and then its `reduce_gradients`: one reduction, and ties are whole.
 
     The names of parameters are those of the model that `split_stages` cut. Stages of
     another origin whose names clash get `stages.<number>.` before them.

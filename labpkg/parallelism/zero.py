@@ -21,21 +21,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from labpkg.foundations.optimizers import elementwise_defaults
-from labpkg.processes.flat import bucket_parameters
 from labpkg.processes.in_place import all_reduce_
-from labpkg.processes.replicas import (
-    GradientHook,
-    broadcast_state,
-    release,
-    require_device,
-    require_same_model,
+from labpkg.processes.replicas import GradientHook, broadcast_state
+from labpkg.processes.zero_bucket import (
+    ZeroBucket,
+    buckets_in_order,
+    require_trainable,
+    trainable_in,
 )
-from labpkg.processes.zero_bucket import ZeroBucket
 
 _BUCKET_BYTES = {1: 25 * 2**20, 2: 8 * 2**20}  # stage 2 frees one at a time
 _MOST_IN_FLIGHT = 1  # buckets of gradients that stage 2 keeps while they are reduced
@@ -101,9 +98,9 @@ class ZeroOptimizer(Optimizer):
         super().__init__(params, defaults)
         for group in map(_options, self.param_groups):
             elementwise_defaults(cls, kwargs, group=group, device=mesh.device_type)
-        trainable = _require_trainable(self.param_groups, mesh)
+        trainable = require_trainable(self.param_groups, mesh)
         self.stage, self._mesh, self._deterministic = stage, mesh, deterministic
-        plan = _buckets_in_order(trainable, bucket_bytes)
+        plan = buckets_in_order(trainable, bucket_bytes)
         self._groups = [group for _, group in plan]  # of each bucket
         self._buckets = [
             ZeroBucket(parameters, mesh, keeps_gradient=stage == 1)
@@ -122,7 +119,7 @@ class ZeroOptimizer(Optimizer):
             ],
             **kwargs,
         )
-        self._sync, self._is_consumed = True, False
+        self.syncs, self._is_consumed = True, False
         self._num_launched, self._in_backward = 0, False
         for number, bucket in enumerate(self._buckets):
             for i, p in enumerate(bucket.parameters):
@@ -162,7 +159,7 @@ class ZeroOptimizer(Optimizer):
             RuntimeError: If the gradient comes twice, or if the last one is still
                 there though it was used.
         """
-        if not self._sync:
+        if not self.syncs:
             return  # autograd adds it up in p.grad
         bucket = self._buckets[number]
         if i in bucket.ready:
@@ -178,14 +175,17 @@ class ZeroOptimizer(Optimizer):
             self._launch_next()
 
     def _begin_backward(self) -> None:
+        self._require_cleared()
+        self._in_backward = True
+        # Runs when the whole backward pass has ended.
+        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+
+    def _require_cleared(self) -> None:
         if self._is_consumed:
             raise RuntimeError(
                 "the gradients of the last step are still there and would be added to; "
                 "call zero_grad() of the optimizer (the model's does not reach them)"
             )
-        self._in_backward = True
-        # Runs when the whole backward pass has ended.
-        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _next_is_ready(self) -> bool:
         # Buckets leave in one order on every rank, whatever order gradients come in.
@@ -220,14 +220,37 @@ class ZeroOptimizer(Optimizer):
     def no_sync(self) -> Iterator[None]:
         """Only accumulate gradients, whole ones, inside the block.
 
-        The next backward outside of it reduces the sum: fewer bytes are sent, and more
-        are stored. Without it each backward is reduced and added to the slices.
+        The next backward outside of it, or `reduce_gradients`, reduces the sum: fewer
+        bytes are sent, and more are stored. Without it each backward is reduced and
+        added to the slices.
         """
-        before, self._sync = self._sync, False
+        before, self.syncs = self.syncs, False
         try:
             yield
         finally:
-            self._sync = before
+            self.syncs = before
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Reduce what was accumulated under `no_sync`, without a backward pass.
+
+        For gradients to which something is added after the last backward: stages of a
+        `Pipeline` sum those of tied parameters, which takes whole ones. Every rank must
+        call it, one without gradients too::
+
+            with optimizer.no_sync():
+                loss = pipeline.step(x, y)
+            optimizer.reduce_gradients()
+
+        Raises:
+            RuntimeError: If the last backward pass broke off, or if the gradients of
+                the last step are still there.
+
+        Communication: as a backward pass, a reduce_scatter of the gradients.
+        """
+        self._require_ended()
+        self._require_cleared()
+        self._finish()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
@@ -266,16 +289,19 @@ class ZeroOptimizer(Optimizer):
         self._is_consumed = True
         return loss
 
-    def _require_ready(self) -> None:
+    def _require_ended(self) -> None:
         if self._in_backward:
             raise RuntimeError(
                 "the last backward pass did not end, so ranks may disagree about what "
                 "was reduced; restart from a checkpoint"
             )
+
+    def _require_ready(self) -> None:
+        self._require_ended()
         for bucket in self._buckets:
             bucket.require_intact()
         num_cut = sum(len(bucket.parameters) for bucket in self._buckets)
-        if num_cut != len(_trainable(self.param_groups)):
+        if num_cut != len(trainable_in(self.param_groups)):
             raise ValueError(
                 "a parameter was frozen or unfrozen after ZeroOptimizer was made; make "
                 "a new one after that"
@@ -342,58 +368,3 @@ class ZeroOptimizer(Optimizer):
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in _NO_OPTIONS}
-
-
-def _trainable(groups: list[dict[str, Any]]) -> list[tuple[int, float, Tensor]]:
-    """Return (group, relative place in the group, parameter) of the trainable ones."""
-    return [
-        (number, i / len(group["params"]), p)
-        for number, group in enumerate(groups)
-        for i, p in enumerate(group["params"])
-        if p.requires_grad
-    ]
-
-
-def _require_trainable(
-    groups: list[dict[str, Any]], mesh: DeviceMesh
-) -> list[tuple[int, float, Tensor]]:
-    """Return the trainable parameters; refuse what cannot be cut, on every rank."""
-    holder = nn.Module()  # to check parameters as those of a model
-    for g, group in enumerate(groups):
-        for i, p in enumerate(group["params"]):
-            holder.register_parameter(f"parameter {i} of group {g}", p)
-    num_given = sum(len(group["params"]) for group in groups)
-    if len(list(holder.parameters())) < num_given:
-        raise ValueError(
-            "a parameter is given twice and would be updated twice; pass tied "
-            "parameters once, as model.parameters() yields them"
-        )
-    require_device(holder, mesh)
-    trainable = _trainable(groups)
-    num_elements = sum(p.numel() for _, _, p in trainable)
-    if num_elements < mesh.size():
-        raise ValueError(
-            f"{num_elements} trainable elements cannot be cut over {mesh.size()} "
-            "ranks; use fewer ranks or DataParallel"
-        )
-    for name, p in holder.named_parameters():
-        if p.requires_grad:
-            release(name, p)
-    require_same_model(holder, mesh)
-    return trainable
-
-
-def _buckets_in_order(
-    trainable: list[tuple[int, float, Tensor]], bucket_bytes: int
-) -> list[tuple[list[Tensor], int]]:
-    """Return (parameters, group), the buckets that backward fills first in front.
-
-    Groups are taken to be in the order of the forward pass, each by itself.
-    """
-    place = {p: at for _, at, p in trainable}
-    buckets = []
-    for number in sorted({group for group, _, _ in trainable}):
-        members = [p for group, _, p in trainable if group == number]
-        for parameters in bucket_parameters(members, bucket_bytes):
-            buckets.append((parameters, number))
-    return sorted(buckets, key=lambda b: -min(place[p] for p in b[0]))

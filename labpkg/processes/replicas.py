@@ -83,6 +83,17 @@ def release(name: str, parameter: Tensor) -> None:
             del hooks[key]
 
 
+def reduces_in_backward(parameter: Tensor) -> bool:
+    """Return whether the next backward hands a gradient to an engine to be averaged.
+
+    Args:
+        parameter: Whose; under `no_sync` its gradient only accumulates.
+    """
+    hooks = parameter._post_accumulate_grad_hooks or {}  # pyright: ignore
+    engines = [h.engine() for h in hooks.values() if isinstance(h, GradientHook)]
+    return any(e is not None and getattr(e, "syncs", True) for e in engines)
+
+
 def take_parameters(module: nn.Module) -> list[Tensor]:
     """Return the parameters that need a gradient, free for one engine to average.
 

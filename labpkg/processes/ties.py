@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from labpkg.processes.cuts import Place, mark_place
 from labpkg.processes.flat import shard_of
 from labpkg.processes.in_place import exchange_
+from labpkg.processes.replicas import reduces_in_backward
 from labpkg.processes.transport import Work
 
 Numbers = Mapping[int, Mapping[str, int]]
@@ -101,14 +102,19 @@ class Ties:
         """Refuse a copy whose gradient is cut before those of all copies are summed.
 
         Raises:
-            ValueError: If ZeRO has cut one.
+            ValueError: If ZeRO has cut one, or will do so in the next backward.
         """
         for tie in self._own:
-            if tie.parameter is not None and shard_of(tie.parameter) is not None:
+            shard = None if tie.parameter is None else shard_of(tie.parameter)
+            if tie.parameter is None or shard is None:
+                continue
+            is_slice = shard.local is tie.parameter  # what `fully_shard` leaves of it
+            if is_slice or reduces_in_backward(tie.parameter):
                 raise ValueError(
-                    f"parameter {tie.number} of the model, {tuple(tie.parameter.shape)}"
-                    f", is tied between the ranks {list(tie.ranks)} of the pipeline, "
-                    "and ZeRO cuts its gradient before they can sum it; use "
+                    f"parameter {tie.number} of the model, {tuple(shard.shape)}, is "
+                    f"tied between the ranks {list(tie.ranks)} of the pipeline, and "
+                    "ZeRO cuts its gradient before they can sum it; call step under "
+                    "ZeroOptimizer.no_sync() and then reduce_gradients(), use "
                     "DataParallel around the stages, or do not tie"
                 )
 

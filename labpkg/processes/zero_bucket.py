@@ -11,14 +11,19 @@ Chapter: parallelism/zero. Reference: Rajbhandari et al. 2020, SC20, arXiv:1910.
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from labpkg.processes.flat import ShardedBucket, mark_shard
+from labpkg.processes.flat import ShardedBucket, bucket_parameters, mark_shard
 from labpkg.processes.in_place import all_gather_, reduce_scatter_
+from labpkg.processes.replicas import release, require_device, require_same_model
 from labpkg.processes.transport import Work
+
+Groups = list[dict[str, Any]]
+Trainable = list[tuple[int, float, Tensor]]
 
 
 class ZeroBucket:
@@ -146,7 +151,8 @@ class ZeroBucket:
             if p.grad is not None:
                 raise RuntimeError(
                     "gradients were accumulated under no_sync and not reduced; the "
-                    "last backward before a step belongs outside of it"
+                    "last backward before a step belongs outside of it, or call "
+                    "reduce_gradients()"
                 )
             if p.data_ptr() != view.data_ptr():
                 raise ValueError(
@@ -158,3 +164,56 @@ class ZeroBucket:
 def _unmark(parameters: list[Tensor]) -> None:
     for parameter in parameters:
         mark_shard(parameter, None)
+
+
+def trainable_in(groups: Groups) -> Trainable:
+    """Return (group, relative place in the group, parameter) of the trainable ones."""
+    return [
+        (number, i / len(group["params"]), p)
+        for number, group in enumerate(groups)
+        for i, p in enumerate(group["params"])
+        if p.requires_grad
+    ]
+
+
+def require_trainable(groups: Groups, mesh: DeviceMesh) -> Trainable:
+    """Return the trainable parameters; refuse what cannot be cut, on every rank."""
+    holder = nn.Module()  # to check parameters as those of a model
+    for g, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            holder.register_parameter(f"parameter {i} of group {g}", p)
+    num_given = sum(len(group["params"]) for group in groups)
+    if len(list(holder.parameters())) < num_given:
+        raise ValueError(
+            "a parameter is given twice and would be updated twice; pass tied "
+            "parameters once, as model.parameters() yields them"
+        )
+    require_device(holder, mesh)
+    trainable = trainable_in(groups)
+    num_elements = sum(p.numel() for _, _, p in trainable)
+    if num_elements < mesh.size():
+        raise ValueError(
+            f"{num_elements} trainable elements cannot be cut over {mesh.size()} "
+            "ranks; use fewer ranks or DataParallel"
+        )
+    for name, p in holder.named_parameters():
+        if p.requires_grad:
+            release(name, p)
+    require_same_model(holder, mesh)
+    return trainable
+
+
+def buckets_in_order(
+    trainable: Trainable, bucket_bytes: int
+) -> list[tuple[list[Tensor], int]]:
+    """Return (parameters, group), the buckets that backward fills first in front.
+
+    Groups are taken to be in the order of the forward pass, each by itself.
+    """
+    place = {p: at for _, at, p in trainable}
+    buckets = []
+    for number in sorted({group for group, _, _ in trainable}):
+        members = [p for group, _, p in trainable if group == number]
+        for parameters in bucket_parameters(members, bucket_bytes):
+            buckets.append((parameters, number))
+    return sorted(buckets, key=lambda b: -min(place[p] for p in b[0]))

@@ -105,6 +105,7 @@ def data_and_tensor(engine, sequence_parallel):
 
 def with_pipeline(engine, schedule, tied):
     """Cut the layers into stages, and each stage or its batch over two ranks."""
+    stage = 1 if schedule == "1f1b" else 2
     schedule, model = SCHEDULES[schedule], gpt(tied=tied)
     other = "tp" if engine.startswith("tensor") else "dp"
     mesh = lab.make_mesh(pp=2, **{other: 2})
@@ -116,23 +117,36 @@ def with_pipeline(engine, schedule, tied):
     stages = split_stages(model, schedule.num_stages)
     own = [stages[i] for i in schedule.stages_of(rank)]
     if engine == "DataParallel":
-        own = [lab.DataParallel(stage, axis, bucket_bytes=2**10) for stage in own]
+        own = [lab.DataParallel(part, axis, bucket_bytes=2**10) for part in own]
     if engine == "fully_shard":
-        own = [lab.fully_shard(stage, axis) for stage in own]
+        own = [lab.fully_shard(part, axis) for part in own]
     loss_fn = lambda output, y: lab.cross_entropy(output, y) / NUM_PASSES
     pipe = Pipeline(own, schedule, mesh["pp"], loss_fn=loss_fn)
-    if engine == "ZeroOptimizer":
-        optimizer = lab.ZeroOptimizer(groups(pipe), lab.AdamW, axis, stage=2, lr=1e-2)
+    no_sync, finish = nullcontext, lambda: None
+    if engine.startswith("ZeroOptimizer"):
+        optimizer = lab.ZeroOptimizer(
+            groups(pipe), lab.AdamW, axis, stage=stage, lr=1e-2
+        )
+        if engine == "ZeroOptimizer once":
+            no_sync, finish = optimizer.no_sync, optimizer.reduce_gradients
     else:
         optimizer = lab.AdamW(groups(pipe), lr=1e-2)
 
-    def accumulate(x, y, _):
+    def accumulate(x, y, is_last):
         if other == "dp":
             x, y = (t.chunk(2)[axis.get_local_rank()] for t in (x, y))
-        loss = NUM_PASSES * pipe.step(x, y)
+        with no_sync():
+            loss = NUM_PASSES * pipe.step(x, y)
+        if is_last:
+            finish()
         return lab.all_reduce(loss, axis, op="mean")
 
-    return train(pipe, optimizer, accumulate)
+    with lab.count_comms() as log:
+        trained = train(pipe, optimizer, accumulate)
+    if engine == "ZeroOptimizer once":  # however many micro-batches and passes
+        own = sum(p.nbytes for p in pipe.parameters())
+        assert log["dp", "reduce_scatter"].payload_bytes == NUM_STEPS * own
+    return trained
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +190,8 @@ def test_data_and_tensor_parallel(world4, references, engine, sequence_parallel)
         ("DataParallel", "zb-v", False),
         # They cut gradients, of which tied copies need the whole.
         ("ZeroOptimizer", "zb-h1", False),
+        ("ZeroOptimizer once", "zb-v", True),
+        ("ZeroOptimizer once", "1f1b", True),
         ("fully_shard", "1f1b", False),
         ("tensor", "1f1b", True),
         ("tensor", "zb-v", True),

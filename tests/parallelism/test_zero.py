@@ -110,10 +110,13 @@ def steps(model, opt, n, rank, accumulate) -> None:
                 (loss(slice(0, len(x) // 3)) / 3).backward()
                 (loss(slice(len(x) // 3, 2 * len(x) // 3)) / 3).backward()
             (loss(slice(2 * len(x) // 3, len(x))) / 3).backward()
-        elif accumulate == "reduce each":
+        elif accumulate:
             for part in range(3):
                 rows = slice(part * len(x) // 3, (part + 1) * len(x) // 3)
-                (loss(rows) / 3).backward()
+                with opt.no_sync() if accumulate == "at once" else nullcontext():
+                    (loss(rows) / 3).backward()
+            if accumulate == "at once":
+                opt.reduce_gradients()
         else:
             loss(slice(None)).backward()
         opt.step()
@@ -152,18 +155,18 @@ def test_silent_ranks_end_elsewhere(world2, stage):
         assert deviation(found["params"], want) > 1e-2
 
 
-@pytest.mark.parametrize("accumulate", ["no_sync", "reduce each"])
+@pytest.mark.parametrize("accumulate", ["no_sync", "reduce each", "at once"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_accumulated_gradients_are_those_of_the_whole_batch(world2, stage, accumulate):
     want = reference("mlp", "adamw", 6)
     size = sum(p.nbytes for p in build().parameters())
     for found in world2.run(train, "mlp", "adamw", stage, accumulate=accumulate):
         assert deviation(found["params"], want) <= 10 * TOLERANCE
-        times = {"no_sync": 1, "reduce each": 3}[accumulate]
+        times = 3 if accumulate == "reduce each" else 1
         assert found["reduced"] == times * 5 * size
 
 
-def only_before(stage):
+def only_before(stage, at_once):
     """Use the branch under `no_sync` on rank 1 only, and not afterwards."""
     mesh = lab.make_mesh(dp=2)["dp"]
     model = build("branches")
@@ -173,7 +176,10 @@ def only_before(stage):
     x, _ = batch(0)
     with opt.no_sync():
         model(x[6 * mesh.get_local_rank() :][:6]).square().sum().backward()
-    model(x[:6]).square().sum().backward()
+    with opt.no_sync() if at_once else nullcontext():
+        model(x[:6]).square().sum().backward()
+    if at_once:
+        opt.reduce_gradients()
     return lab.full_gradients(model)
 
 
@@ -185,7 +191,8 @@ def test_a_parameter_that_was_used_only_under_no_sync_is_reduced(world2, stage):
         (model(part).square().sum() / 2).backward()
     want = {name: p.grad for name, p in model.named_parameters()}
     assert want["sometimes.weight"] is not None
-    for found in world2.run(only_before, stage):
+    runs = world2.run(lambda: [only_before(stage, once) for once in (False, True)])
+    for found in (found for of_rank in runs for found in of_rank):
         assert [n for n in found if found[n] is None] == [
             n for n in want if want[n] is None
         ]
@@ -360,8 +367,9 @@ def refused_later():
     loss().backward()
     opt.step()
     model.zero_grad()
-    with pytest.raises(RuntimeError, match="zero_grad"):
-        loss().backward()
+    for reduce in (opt.reduce_gradients, lambda: loss().backward()):
+        with pytest.raises(RuntimeError, match="zero_grad"):
+            reduce()
     opt.zero_grad()
     with opt.no_sync():
         loss().backward()
@@ -573,8 +581,9 @@ def broken_off():
     opt.zero_grad()
     with pytest.raises(RuntimeError, match="after one that broke off"):
         model(batch(0)[0]).sum().backward()
-    with pytest.raises(RuntimeError, match="did not end"):
-        opt.step()
+    for go_on in (opt.step, opt.reduce_gradients):
+        with pytest.raises(RuntimeError, match="did not end"):
+            go_on()
     return True
 
 
