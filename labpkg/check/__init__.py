@@ -48,6 +48,13 @@ from labpkg.check.data_parallel_replicas_exercises import (
     local_sgd,
     mean_of_used,
 )
+from labpkg.check.device_mesh_exercises import (
+    axis_groups,
+    coordinates,
+    mesh_grad_norm,
+    network_bytes,
+    possible_meshes,
+)
 from labpkg.check.gradient_descent_adamw_exercises import adamw_step
 from labpkg.check.gradient_descent_curvature_exercises import (
     sharpness,
@@ -117,6 +124,7 @@ __all__ = [
     "adamw_step",
     "attention",
     "attention_gradient",
+    "axis_groups",
     "batch_time",
     "best_cut",
     "binary_scores",
@@ -128,6 +136,7 @@ __all__ = [
     "clip_by_norm",
     "clip_slices",
     "compute_bound_width",
+    "coordinates",
     "cross_entropy",
     "cross_entropy_gradient",
     "doubling_rounds",
@@ -152,9 +161,11 @@ __all__ = [
     "mean_of_used",
     "merge_attention",
     "merged_statistics",
+    "mesh_grad_norm",
     "micro_batch_gradients",
     "momentum_step",
     "multi_head",
+    "network_bytes",
     "new_enough",
     "num_pieces",
     "one_f_one_b_order",
@@ -162,6 +173,7 @@ __all__ = [
     "padded_indices",
     "peak_in_flight",
     "position_noise",
+    "possible_meshes",
     "qkv_rows",
     "rank_batch",
     "rank_variables",

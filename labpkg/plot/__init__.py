@@ -17,6 +17,7 @@ from labpkg.plot.curves import loss
 from labpkg.plot.landscapes import contours, spectrum
 from labpkg.plot.latencies import time_by_size
 from labpkg.plot.matrices import confusion
+from labpkg.plot.meshes import mesh
 from labpkg.plot.players import player
 from labpkg.plot.records import recorded
 from labpkg.plot.schedules import pipeline, schedule, schedule_player
@@ -29,6 +30,7 @@ __all__ = [
     "confusion",
     "contours",
     "loss",
+    "mesh",
     "pipeline",
     "player",
     "recorded",
