@@ -3,8 +3,9 @@
 `launch` runs a function on n ranks through `elastic_launch`: it watches them, restarts
 them all when one dies, and returns what they return. It adds what the engine leaves
 open: everything listens on the loopback only, an error of a rank arrives as one error
-with that rank's traceback, Ctrl-C ends the job at once, ranks never outlive the
-launcher, and signal handlers and environment are restored.
+with that rank's traceback, a refusal ends the job instead of being tried again, Ctrl-C
+ends the job at once, ranks never outlive the launcher, and signal handlers and
+environment are restored.
 
 # Note [lost peers]
 When a rank dies, its peers fail a moment later because they have lost a connection, and
@@ -48,11 +49,12 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from labpkg.runs.attempts import NOTICES, Job, NoRestart, notices_passed_on
 from labpkg.runs.preload import start_fork_server
 
 _BACKEND = "labpkg-loopback"
 _LOOPBACK = "127.0.0.1"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_FATAL = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _LOST_PEER_WAIT_S = 1.0
 _STORE_TIMEOUT = timedelta(seconds=60)
 _REFUSED, _FAILED = 2, 1
@@ -90,8 +92,11 @@ def launch(
     """Run `function(*args)` on ranks of this machine and return what they return.
 
     A rank finds RANK, WORLD_SIZE and MASTER_* in its environment, as under torchrun.
-    When one fails, for whatever reason, all are restarted: the engine does not tell a
-    refusal from a crash. TORCHELASTIC_RESTART_COUNT tells them.
+    When one fails, all are restarted, and TORCHELASTIC_RESTART_COUNT tells them; but a
+    refusal (see `is_refusal`) ends the job, since the next attempt would refuse, too.
+
+    SIGTERM and SIGUSR1 are passed on to the ranks; see Note [notice] in `attempts`.
+    After SIGTERM they have 30 seconds.
 
     Args:
         function: Importable by name; runs on every rank.
@@ -106,7 +111,8 @@ def launch(
         ValueError: If MASTER_PORT is set and taken, or a number is too small.
         JobFailed: If a rank failed.
         KeyboardInterrupt: On SIGINT; the ranks are dead then.
-        SystemExit: With 128 + the signal, on SIGTERM, SIGHUP and SIGQUIT.
+        SystemExit: With 128 + the signal, on SIGHUP and SIGQUIT, and on SIGTERM and
+            SIGUSR1 unless the ranks return.
     """
     if num_ranks < 1 or max_restarts < 0:
         raise ValueError(
@@ -120,11 +126,15 @@ def launch(
         _restored_signals(),
         _quiet_engine(),
     ):
-        config = _launch_config(num_ranks, max_restarts, listener, logs)
+        job = Job(logs)
+        config = _launch_config(num_ranks, max_restarts, listener, job)
         try:
-            values = elastic_launch(config, _rank)(function, args)
-        except ChildFailedError as error:
-            raise _job_failed(error, num_ranks) from None
+            with notices_passed_on(job):
+                values = elastic_launch(config, _rank)(job, function, args)
+        except (NoRestart, ChildFailedError) as error:
+            if job.notice is not None:
+                raise SystemExit(128 + job.notice) from None
+            raise _job_failed(job, error, num_ranks) from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -133,7 +143,7 @@ def launch(
 
 
 def _launch_config(
-    num_ranks: int, max_restarts: int, listener: socket.socket, logs: str
+    num_ranks: int, max_restarts: int, listener: socket.socket, job: Job
 ) -> LaunchConfig:
     return LaunchConfig(
         min_nodes=1,
@@ -141,12 +151,13 @@ def _launch_config(
         nproc_per_node=num_ranks,
         run_id=f"labpkg-{os.getpid()}",
         rdzv_backend=_BACKEND,
-        rdzv_configs={"listener": listener},
+        rdzv_configs={"listener": listener, "job": job},
         max_restarts=max_restarts,
         monitor_interval=0.05,
         start_method="forkserver",
-        logs_specs=DefaultLogsSpecs(log_dir=logs),
+        logs_specs=DefaultLogsSpecs(log_dir=str(job.folder)),
         local_addr=_LOOPBACK,
+        signals_to_handle=",".join(number.name for number in _FATAL),
     )
 
 
@@ -160,6 +171,7 @@ class _LoopbackRendezvous(RendezvousHandler):
     def __init__(self, parameters: RendezvousParameters) -> None:
         self._run_id = parameters.run_id
         self._listener: socket.socket | None = parameters.config["listener"]
+        self._job: Job = parameters.config["job"]
 
     @property
     def use_agent_store(self) -> bool:
@@ -169,6 +181,7 @@ class _LoopbackRendezvous(RendezvousHandler):
         return _BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
+        self._job.begin_attempt()
         listener = self._listener or _listen_on_loopback(0)
         self._listener = None
         port = listener.getsockname()[1]
@@ -217,7 +230,7 @@ def _restored_signals() -> Iterator[None]:
     """Undo what the engine leaves behind: its handlers, and how it chose them."""
     name = "TORCHELASTIC_SIGNALS_TO_HANDLE"
     before = os.environ.get(name)
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (*_FATAL, *NOTICES)}
     try:
         yield
     finally:
@@ -249,7 +262,17 @@ def _quiet_engine() -> Iterator[None]:
             log.removeHandler(silent)
 
 
-def _job_failed(error: ChildFailedError, num_ranks: int) -> JobFailed:
+def _job_failed(
+    job: Job, error: NoRestart | ChildFailedError, num_ranks: int
+) -> JobFailed:
+    if isinstance(error, NoRestart):
+        refused = job.refusal
+        assert refused is not None
+        return JobFailed(
+            f"rank {refused['rank']} of {num_ranks}: {refused['message']}",
+            details=refused["details"],
+            refusal=refused["message"].partition(": ")[2],
+        )
     rank, failure = error.get_first_failure()
     details = refusal = ""
     report: Any = failure.message  # what the rank has written, else a sentence
@@ -265,14 +288,17 @@ def _job_failed(error: ChildFailedError, num_ranks: int) -> JobFailed:
     return JobFailed(message, details=details, refusal=refusal)
 
 
-def _rank(function: Callable[..., Any], args: tuple) -> Any:
+def _rank(job: Job, function: Callable[..., Any], args: tuple) -> Any:
     """Be a rank: called in a process that the fork server has forked."""
     from tqdm import tqdm
 
     # Its own lock would be a named semaphore, which a killed rank leaves behind.
     tqdm.set_lock(threading.RLock())
-    # Python's own handler would wait until a collective returns.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Python's own handler would wait until a collective returns, and the fork server
+    # ignores what the others are for.
+    for number in (signal.SIGINT, *NOTICES):
+        signal.signal(number, signal.SIG_DFL)
+    job.enter()
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
@@ -280,11 +306,13 @@ def _rank(function: Callable[..., Any], args: tuple) -> Any:
     try:
         return function(*args)
     except Exception as error:
-        _give_up(error)
+        _give_up(job, error)
 
 
-def _give_up(error: Exception) -> NoReturn:
+def _give_up(job: Job, error: Exception) -> NoReturn:
     refused = is_refusal(error)
+    if refused:
+        job.refuse(error)
     if isinstance(error, (RuntimeError, OSError)) and not refused:
         # See Note [lost peers].
         time.sleep(_LOST_PEER_WAIT_S)

@@ -26,6 +26,7 @@ _MODULES = (
     "labpkg.runs.trainer",
     "labpkg.runs.launch",
 )
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -40,14 +41,16 @@ def start_fork_server() -> None:
     It ends with this process. Call it from the main thread, before threads are started.
     """
     multiprocessing.set_forkserver_preload(list(_MODULES))
-    # The terminal sends Ctrl-C to all processes; a server that is still importing would
-    # answer with a traceback. What is ignored here stays ignored there.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The terminal sends Ctrl-C to all processes, and a batch system its notice of the
+    # end: a server that is still importing would answer with a traceback, and one that
+    # is gone takes the exit codes of its ranks along. What is ignored here stays so.
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _IGNORED}
     try:
         with _environment(_ENVIRONMENT):
             forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

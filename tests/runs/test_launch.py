@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from labpkg.runs import launch as launch_module
 
 _JOBS = """
-import json, os, signal, sys, threading, time
+import json, multiprocessing, os, signal, sys, threading, time
 import torch
 from labpkg.runs.joining import joined
 from labpkg.runs.launch import JobFailed, launch
@@ -53,10 +54,32 @@ def dies_once():
         os.kill(os.getpid(), signal.SIGKILL)
     return total(0)[0], os.environ["TORCHELASTIC_RESTART_COUNT"]
 
-def failure(function):
+def refuses_and_counts():
+    with open(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", "w"):
+        refuses()
+
+def notifies(number, answers):
+    got = []
+    if answers:
+        signal.signal(number, lambda number, frame: got.append(int(number)))
+    with joined("cpu"):
+        lab.barrier()  # all handle it by now
+        if rank() == 0:
+            os.kill(multiprocessing.parent_process().pid, number)
+        while not got:
+            time.sleep(0.01)
+    return got, os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+def notice(number, answers):
+    try:
+        return launch(notifies, number, answers, num_ranks=2, max_restarts=1)
+    except SystemExit as e:
+        return e.code
+
+def failure(function, **options):
     start = time.monotonic()
     try:
-        return launch(function, num_ranks=2)
+        return launch(function, num_ranks=2, **options)
     except JobFailed as e:
         return str(e), e.refusal, e.details.strip().splitlines()[-1:]
     finally:
@@ -69,10 +92,16 @@ def main():
     answers = {
         "total": launch(total, 10, num_ranks=2),
         "handlers": [signal.getsignal(signal.SIGHUP) is own,
-                     signal.getsignal(signal.SIGINT) is signal.default_int_handler],
+                     signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+                     signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
+                     signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL],
         "environment": environment == dict(os.environ),
         "raises": failure(raises),
         "refuses": failure(refuses),
+        "refuses_again": failure(refuses_and_counts, max_restarts=2),
+        "attempts": [n for n in os.listdir() if n.startswith("attempt")],
+        "answered": [notice(signal.SIGUSR1, True), notice(signal.SIGTERM, True)],
+        "unanswered": [notice(signal.SIGUSR1, False), notice(signal.SIGTERM, False)],
         "dies": failure(dies),
         "loses": failure(loses),
         "leaves": failure(leaves),
@@ -99,7 +128,7 @@ def jobs(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     # torch makes a cache folder for its compiler.
-    own = ("jobs.py", "__pycache__", "torchinductor_")
+    own = ("jobs.py", "__pycache__", "torchinductor_", "attempt")
     left = [path.name for path in folder.iterdir() if not path.name.startswith(own)]
     return json.loads(done.stdout) | {"left": left, "stderr": done.stderr}
 
@@ -109,7 +138,7 @@ def test_ranks_form_a_group_and_values_come_in_rank_order(jobs):
 
 
 def test_handlers_and_environment_are_restored(jobs):
-    assert jobs["handlers"] == [True, True]
+    assert jobs["handlers"] == [True, True, True, True]
     assert jobs["environment"]
 
 
@@ -126,6 +155,24 @@ def test_a_refused_value_arrives_as_its_message(jobs):
     assert message.endswith(" of 2: ValueError: steps=0 is too small; choose 1")
     assert refusal == "steps=0 is too small; choose 1"
     assert details == ["ValueError: steps=0 is too small; choose 1"]
+
+
+def test_a_refusal_is_not_tried_again(jobs):
+    message, refusal, details = jobs["refuses_again"]
+    assert message.endswith(" of 2: ValueError: steps=0 is too small; choose 1")
+    assert refusal == "steps=0 is too small; choose 1"
+    assert details == ["ValueError: steps=0 is too small; choose 1"]
+    assert jobs["attempts"] == ["attempt0"]
+
+
+def test_ranks_that_answer_a_notice_return_and_the_job_ends_well(jobs):
+    SIGUSR1, SIGTERM = signal.SIGUSR1, signal.SIGTERM
+    answers = [[[[int(s)], "0"]] * 2 for s in (SIGUSR1, SIGTERM)]
+    assert jobs["answered"] == answers
+
+
+def test_ranks_that_do_not_answer_a_notice_die_and_are_not_started_again(jobs):
+    assert jobs["unanswered"] == [128 + signal.SIGUSR1, 128 + signal.SIGTERM]
 
 
 def test_a_lost_connection_is_a_failure_and_no_refusal(jobs):
