@@ -1,0 +1,332 @@
+"""A model under several engines at once, trained by steps that no layout changes.
+
+Contract: a step takes the samples of this data-parallel rank and does what one process
+does with all samples: the gradient of the mean over all counted targets, clipped by its
+true norm, then one update. All ranks decide together, by numbers that are equal on all
+of them: a refusal is raised, and a step is skipped, everywhere or nowhere.
+
+Chapter: planning/device_mesh. Reference: Narayanan et al. 2021, arXiv:2104.04473.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from labpkg.parallelism.clipping import clip_grad_norm
+from labpkg.parallelism.pipeline import Pipeline
+from labpkg.planning.layout import Layout
+from labpkg.processes.collectives import all_gather, all_reduce
+from labpkg.processes.messages import all_gather_object
+from labpkg.processes.pieces import owner_of
+from labpkg.runs.loss_scale import LossScale
+from labpkg.runs.objective import IGNORED, Objective, num_counted
+
+_CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+"""bf16 and fp16 compute under autocast, with parameters in float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What a training step did; the same on every rank.
+
+    Attributes:
+        loss: Mean loss over all counted targets of the global batch.
+        count: How many targets that were.
+        grad_norm: Norm of the whole gradient before clipping.
+        skipped: Why nothing was updated, or None.
+    """
+
+    loss: float
+    count: int
+    grad_norm: float
+    skipped: str | None = None
+
+
+class Composition:
+    """A model on its mesh, with its optimizer; made by `compose`.
+
+    Every method is called on every rank of the mesh. Ranks with the same place on the
+    axis `dp` pass the same samples.
+
+    Attributes:
+        mesh: The mesh with the axes pp, dp, tp.
+        layout: How the job is divided.
+        model: What `clip_grad_norm`, `full_state_dict` and checkpoints take.
+        optimizer: Trains this rank's part.
+        loss_scale: The scale of fp16, otherwise None.
+        num_parameters: Of the whole model.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        mesh: DeviceMesh,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        module: nn.Module | None,
+        objective: Objective,
+        reducers: list[Any],
+        num_parameters: int,
+        precision: str,
+        max_grad_norm: float,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.layout, self.mesh, self.model = layout, mesh, model
+        self.optimizer, self.num_parameters = optimizer, num_parameters
+        self.precision, self.max_grad_norm = precision, max_grad_norm
+        self.device, self.seed = device, seed
+        self.loss_scale = LossScale() if precision == "fp16" else None
+        self._module, self._objective, self._reducers = module, objective, reducers
+        self._pipe = model if isinstance(model, Pipeline) else None
+        self._num_pieces = 1  # of a batch, in a call of the pipeline
+        if self._pipe is not None:
+            self._num_pieces = self._pipe.schedule.num_micro_batches
+
+    def train_step(
+        self, x: Tensor, y: Tensor, *, lr: float | None = None
+    ) -> StepReport:
+        """Update the model with one global batch.
+
+        Args:
+            x: The samples of this rank of `dp`, such as `batches(shard=mesh["dp"])`
+                yields; ranks may have different numbers, also none without a pipeline.
+            y: Their targets; int64 ones of -100 do not count.
+            lr: The learning rate of this step; None keeps what the groups have.
+
+        Returns:
+            The same on every rank. If the norm of the gradient is not finite, or no
+            target counts, parameters, optimizer state and step counts stay as they are.
+
+        Raises:
+            ValueError: On every rank, if x and y of some rank do not fit each other or
+                the layout.
+
+        Communication: two numbers before and one after; what the engines say, with one
+        reduction of the gradients over `dp` (at `zero=3`, one for each pass).
+        """
+        x, y, count = self._prepare(x, y, in_passes=True)
+        if count == 0:
+            return StepReport(
+                loss=0.0, count=0, grad_norm=0.0, skipped="no target counts"
+            )
+        loss = self._accumulate(x, y, count)
+        norm = self._clip()
+        skipped = self._judge(norm)
+        if skipped is None:
+            for group in self.optimizer.param_groups if lr is not None else ():
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepReport(loss=loss, count=count, grad_norm=norm, skipped=skipped)
+
+    def evaluate(self, x: Tensor, y: Tensor) -> tuple[float, int]:
+        """Return the mean loss over all counted targets, and how many there are.
+
+        Dropout is off, and no gradients are made.
+
+        Args:
+            x: The samples of this rank of `dp`, any number of them.
+            y: Their targets.
+
+        Returns:
+            The same on every rank; (0.0, 0) if no target counts.
+
+        Raises:
+            ValueError: As `train_step`.
+        """
+        x, y, count = self._prepare(x, y, in_passes=False)
+        if count == 0:
+            return 0.0, 0
+        with torch.no_grad(), self._evaluating(), self._autocast():
+            self._objective.weight = 1.0
+            if self._pipe is None:
+                total = self._objective(self.model(x), y)
+            elif y.dtype == torch.int64:
+                self._objective.weight = float(self._num_pieces)
+                total = self._pipe.evaluate(self._padded(x), self._padded(y, IGNORED))
+            else:
+                total = self._objective(self._pipe(self._padded(x))[: len(x)], y)
+            return self._sum_over_batch(total) / count, count
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the whole model makes of `x`, on every rank of a `dp` place.
+
+        Dropout is off, and no gradients are made.
+
+        Args:
+            x: The samples of this rank of `dp`, any number of them.
+
+        Returns:
+            The output, such as all logits.
+
+        Raises:
+            ValueError: As `train_step`.
+        """
+        x, _, _ = self._prepare(x, None, in_passes=False)
+        with torch.no_grad(), self._evaluating(), self._autocast():
+            if self._pipe is None:
+                return self._whole(self.model(x))
+            return self._whole(self._pipe(self._padded(x))[: len(x)])
+
+    def generate(
+        self,
+        prompt: Tensor,
+        *,
+        num_tokens: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue a prompt, one sampled token after the other, alike on all ranks.
+
+        Args:
+            prompt: The same on every rank, at least one token.
+            num_tokens: Tokens to add.
+            temperature: Divides the logits; 0 takes the most likely token.
+            generator: On the device of the model, equally seeded on every rank; None is
+                one with the seed of the composition.
+
+        Returns:
+            The prompt and its continuation.
+
+        Shape: prompt (B, T) -> (B, T + num_tokens)
+
+        Raises:
+            ValueError: As `GPT.generate`.
+        """
+        if generator is None:
+            generator = torch.Generator(self.device).manual_seed(self.seed)
+        options = {"num_tokens": num_tokens, "temperature": temperature}
+        model: Any = self._module
+        with torch.no_grad(), self._evaluating(), self._autocast():
+            whole = model.register_forward_hook(lambda *call: self._whole(call[2]))
+            try:
+                return model.generate(prompt, generator=generator, **options)
+            finally:
+                whole.remove()
+
+    def _prepare(
+        self, x: Tensor, y: Tensor | None, *, in_passes: bool
+    ) -> tuple[Tensor, Any, int]:
+        """Check on all ranks; return the tensors as the model wants them, and a count.
+
+        The count is that of the global batch.
+        """
+        problem = self._problem(x, y, in_passes)
+        counts = (
+            self.mesh["pp"].get_local_rank() == self.mesh["tp"].get_local_rank() == 0
+        )
+        own = num_counted(y) if y is not None and counts and problem is None else 0
+        numbers = torch.tensor([own, problem is not None], device=self.device)
+        count, num_problems = all_reduce(numbers).tolist()
+        if num_problems:
+            problems = all_gather_object(problem)
+            rank = next(r for r, text in enumerate(problems) if text is not None)
+            raise ValueError(f"rank {rank}: {problems[rank]}")
+        return self._cast(x), None if y is None else self._cast(y), count
+
+    def _problem(self, x: Tensor, y: Tensor | None, in_passes: bool) -> str | None:
+        """Say what is wrong with what this rank was given, or return None."""
+        if x.device.type != self.device.type:
+            return f"x lies on {x.device}, the model on {self.device}; move x there"
+        if y is not None and (len(x) != len(y) or y.device != x.device):
+            return (
+                f"x has {len(x)} samples on {x.device} and y {len(y)} on {y.device}; "
+                "pass one target for each sample, in one place"
+            )
+        pieces = self.layout.grad_accum_steps * self._num_pieces
+        if in_passes and self._pipe is not None and (not len(x) or len(x) % pieces):
+            return (
+                f"{len(x)} samples are not divisible into {self._num_pieces} "
+                f"micro-batches in each of {self.layout.grad_accum_steps} passes; "
+                f"choose a multiple of {pieces} for each of the dp={self.layout.dp} "
+                "ranks"
+            )
+        return None
+
+    def _cast(self, x: Tensor) -> Tensor:
+        dtype = torch.float64 if self.precision == "fp64" else torch.float32
+        return x.to(dtype) if x.is_floating_point() else x
+
+    def _accumulate(self, x: Tensor, y: Tensor, count: int) -> float:
+        """Add up the gradients of all passes; return the mean loss."""
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        num_passes, dp = self.layout.grad_accum_steps, self.layout.dp
+        # Engines divide by the ranks, and a pipeline by the micro-batches.
+        self._objective.weight = scale * dp * self._num_pieces / count
+        passes = list(
+            zip(x.tensor_split(num_passes), y.tensor_split(num_passes), strict=True)
+        )
+        losses = []
+        for number, (xs, ys) in enumerate(passes, 1):
+            with ExitStack() as contexts:
+                if self._pipe is None and number < num_passes:
+                    for reducer in self._reducers:
+                        contexts.enter_context(reducer.no_sync())
+                losses.append(self._pass(xs, ys))
+        return self._sum_over_batch(torch.stack(losses).sum()) / (scale * dp)
+
+    def _pass(self, x: Tensor, y: Tensor) -> Tensor:
+        if self._pipe is not None:
+            with self._autocast():
+                return self._pipe.step(x, y)
+        with self._autocast():
+            loss = self._objective(self.model(x), y)
+        loss.backward()
+        return loss.detach()
+
+    def _clip(self) -> float:
+        if self.loss_scale is not None:
+            owners = (owner_of(p) for p in self.model.parameters())
+            gradients = [owner.grad for owner in owners if owner.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
+        return clip_grad_norm(self.model, self.max_grad_norm).item()
+
+    def _judge(self, norm: float) -> str | None:
+        """Return why the step must be skipped; let the loss scale learn from it.
+
+        The norm is the same number on every rank, so all come to the same decision.
+        """
+        overflowed = not math.isfinite(norm)
+        reason = f"the norm of the gradient is {norm}" if overflowed else None
+        if self.loss_scale is not None:
+            if reason is not None:
+                reason += f" at a loss scale of {self.loss_scale.value:g}"
+            self.loss_scale.update(overflowed=overflowed)
+        return reason
+
+    def _sum_over_batch(self, loss: Tensor) -> float:
+        return all_reduce(loss.detach(), self.mesh["dp"]).item()
+
+    def _padded(self, x: Tensor, fill: int = 0) -> Tensor:
+        """Add rows until micro-batches are equal, and there is one at least."""
+        rows = -len(x) % self._num_pieces if len(x) else self._num_pieces
+        return torch.cat([x, x.new_full((rows, *x.shape[1:]), fill)])
+
+    def _whole(self, output: Tensor) -> Tensor:
+        axis = self._objective.vocabulary
+        return output if axis is None else all_gather(output, axis, dim=-1)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        cast = _CASTS.get(self.precision)
+        return torch.autocast(self.device.type, cast, enabled=cast is not None)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        before = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(before)
