@@ -1,7 +1,9 @@
 """The command line: `labpkg train | run | doctor | bench`, also `python -m labpkg`.
 
 A mistake of the user is answered in one line with the remedy and exit code 2; a failure
-of a rank with its traceback and exit code 1; Ctrl-C with one line and exit code 130.
+of a rank with its traceback and exit code 1; Ctrl-C with one line and exit code 130. A
+run that was asked to stop, and has saved its state, ends with exit code 75: the same
+command with --resume goes on.
 Stand-alone, `train` and `run` start their ranks; in a process where RANK is set
 (torchrun, Slurm, mpirun) they are a rank and join the others.
 
@@ -27,14 +29,15 @@ from labpkg import __version__
 from labpkg.runs.config import TrainConfig
 
 if TYPE_CHECKING:
-    from labpkg.runs.trainer import TrainResult
+    from labpkg.runs.result import TrainResult
 
 _BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
+_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions(TrainConfig):
-    """Train a small model data-parallel on all GPUs, else on two CPU ranks.
+    """Train a small model; without options on all GPUs, else on two CPU ranks.
 
     Args:
         max_restarts: Restarts after a rank has failed, each from the newest checkpoint.
@@ -117,7 +120,7 @@ def _train(argv: list[str]) -> int:
         is_first = True
     if is_first:
         _print_result(result, started, options.json)
-    return 0
+    return _STOPPED if result.stopped is not None else 0
 
 
 def _parse_train(argv: list[str]) -> TrainOptions:
@@ -160,8 +163,9 @@ def _launch_train(config: TrainConfig, max_restarts: int) -> TrainResult:
     folder = config.out / "checkpoints"
     try:
         try:
+            num_ranks = config.layout.world_size
             return _launch(
-                "train", train, config, num_ranks=config.dp, max_restarts=max_restarts
+                "train", train, config, num_ranks=num_ranks, max_restarts=max_restarts
             )[0]
         finally:
             clean_up(folder)

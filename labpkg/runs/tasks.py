@@ -10,6 +10,7 @@ Chapters: foundations/training_loop, runs/checkpointing.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from labpkg.runs.config import MODELS, TrainConfig
 _MAX_VALIDATION = 512  # samples: 65 kB of text tell the loss to about 0.03 nats
 _PROMPT = b"def "
 _SAMPLE_TOKENS = 200
+Generate = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +103,17 @@ def build_model(config: TrainConfig) -> nn.Module:
     return GPT(GPTConfig(**sizes)) if sizes else MLP(64, 32, 10)
 
 
+def tensor_parallel_plan(config: TrainConfig) -> dict[str, str] | None:
+    """Return how tensor parallelism cuts the model of a run; None for a known model.
+
+    Args:
+        config: Names the model.
+    """
+    if config.model_name == "mlp" and config.tp > 1:
+        return {"0": "column", "2": "row"}
+    return None
+
+
 def bigram_loss(text: Tensor, x: Tensor, y: Tensor) -> float:
     """Return the loss of predicting each byte from the one before it, by counting.
 
@@ -123,19 +136,17 @@ def bigram_loss(text: Tensor, x: Tensor, y: Tensor) -> float:
     return -log_probabilities[x, y].mean().item()
 
 
-def sample_text(model: nn.Module, *, seed: int) -> str:
-    """Return text that a GPT writes after `def `; empty for another model.
+def sample_text(generate: Generate, *, device: torch.device, seed: int) -> str:
+    """Return text that a language model writes after `def `.
 
     Args:
-        model: A trained model.
+        generate: The method of a `GPT` or of its composition.
+        device: Where the model is.
         seed: Chooses the sample.
     """
-    if not isinstance(model, GPT):
-        return ""
-    device = next(model.parameters()).device
     prompt = torch.tensor([list(_PROMPT)], device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    tokens = model.generate(
+    tokens = generate(
         prompt, num_tokens=_SAMPLE_TOKENS, temperature=0.8, generator=generator
     )
     return bytes(tokens[0].tolist()).decode(errors="replace")

@@ -223,7 +223,7 @@ def test_each_step_all_reduces_the_gradients_once(tmp_path, world2):
         config = _digits(tmp_path / str(steps), steps=steps)
         counts[steps] = world2.run(_data_parallel_traffic, config, timeout_s=_RUN_S)[1]
     model = lab.MLP(64, 32, 10)
-    loss_bytes = 10 * 2 * 8  # sum and count of the loss, read after each of these steps
+    loss_bytes = 10 * 4  # of the mean loss, which every step reports
     expected = 10 * lab.data_parallel_bytes(model) + loss_bytes
     assert counts[20] - counts[10] == expected
 
