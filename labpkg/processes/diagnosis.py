@@ -136,7 +136,7 @@ def diagnose(
     if failures:
         guilty, summary, text = _first_failure(failures, calls)
     else:
-        guilty, reason = _suspect(running, returned, calls)
+        guilty, reason = suspect(running, returned, calls)
         summary = (
             f"the run did not end within {limit_s:g} s; this rank is suspected (an "
             f"inference) because it {reason}"
@@ -168,10 +168,16 @@ def _first_failure(
     return odd, summary, failure.traceback
 
 
-def _suspect(
+def suspect(
     where: dict[int, Where], returned: list[int], calls: dict[int, str]
 ) -> tuple[int, str]:
-    """Return who is suspected after a hang, and why."""
+    """Return who is suspected after a hang, and why.
+
+    Args:
+        where: Where the ranks are that have not returned.
+        returned: The other ranks.
+        calls: Collectives that should be the same and are not, by rank; may be empty.
+    """
 
     def innocence(rank: int) -> tuple[bool, bool, int, int]:
         place = where[rank]

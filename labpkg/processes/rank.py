@@ -165,7 +165,7 @@ def _listen(sock: socket.socket, function_thread: int) -> None:
             kind = sock.recv(1)
         if not kind:
             os.killpg(0, signal.SIGKILL)
-        send_message(sock, b"s", dump(_where(function_thread)))
+        send_message(sock, b"s", dump(where(function_thread)))
 
 
 def _report(run: Callable[[], IO[bytes]]) -> tuple[bytes, IO[bytes]]:
@@ -273,7 +273,12 @@ def _mismatched_call(error: BaseException | None) -> str:
     return ""
 
 
-def _where(thread: int) -> Where:
+def where(thread: int) -> Where:
+    """Say what a rank is doing; a thread of it that is alive can ask.
+
+    Args:
+        thread: Identifier of the thread that runs the function.
+    """
     frames = traceback.extract_stack(sys._current_frames()[thread])
     own = [i for i, frame in enumerate(frames) if frame.filename == __file__]
     frames = frames[own[-1] + 1 :] if own else frames

@@ -16,12 +16,14 @@ Chapter: processes/collectives.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -46,6 +48,19 @@ class CommLog:
         self._calls: Counter[tuple[str, str]] = Counter()
         self._payload: Counter[tuple[str, str]] = Counter()
         self._wire: dict[tuple[str, str], float] = {}
+        self._waits: list[_Wait] = []
+        self._wait_s = 0.0
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds in which this rank, or the stream of its GPU, waited for transfers.
+
+        What is left of a step is this rank's own work. Reading it waits for the GPU.
+        """
+        with _lock:
+            waits, self._waits = self._waits, []
+        self._wait_s += sum(wait.seconds() for wait in waits)
+        return self._wait_s
 
     def _add(self, axis: str, op: str, payload_bytes: int, wire_bytes: float) -> None:
         key = (axis, op)
@@ -77,6 +92,45 @@ class CommLog:
             sizes = f"{c.calls:6} {c.payload_bytes:12,} {c.wire_bytes:12,.0f}"
             rows.append(f"{axis:8} {op:15} {sizes}")
         return "\n".join(rows)
+
+
+class _Timed:
+    """A transfer whose first wait is timed for the open byte counts."""
+
+    def __init__(self, work: Work, logs: list[CommLog]) -> None:
+        self._work, self._logs = work, logs
+
+    def wait(self) -> None:
+        started, before = time.perf_counter(), _mark()
+        self._work.wait()
+        wait = _Wait(time.perf_counter() - started, before, _mark())
+        with _lock:
+            for log in self._logs:
+                log._waits.append(wait)
+        self._logs = []
+
+
+class _Wait(NamedTuple):
+    """How long the host waited, and events of the stream around that."""
+
+    host_s: float
+    before: torch.cuda.Event | None
+    after: torch.cuda.Event | None
+
+    def seconds(self) -> float:
+        """The host waits for gloo, the stream of a GPU for NCCL."""
+        if self.before is None or self.after is None:
+            return self.host_s
+        self.after.synchronize()
+        return max(self.host_s, self.before.elapsed_time(self.after) / 1e3)
+
+
+def _mark() -> torch.cuda.Event | None:
+    if not torch.cuda.is_initialized():
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 _lock = threading.Lock()
@@ -113,7 +167,8 @@ def count_comms() -> Iterator[CommLog]:
 
     Yields:
         A `CommLog`: `log["dp"].payload_bytes`, `log["dp", "all_reduce"].calls`. The key
-        is the axis name, `"world"` without a mesh; no traffic gives zeros.
+        is the axis name, `"world"` without a mesh; no traffic gives zeros. `log.wait_s`
+        is how long this rank waited.
     """
     log = CommLog()
     with _lock:
@@ -222,12 +277,13 @@ def start(
         if op not in _MESSAGES:
             _note(op, axis)
         transfer = move()
-    if _logs or transfer.is_exchange:
-        with _lock:
-            _num_exchanges += transfer.is_exchange
-            for log in _logs:
-                log._add(axis.name, op, payload_bytes, transfer.wire_bytes)
-    return transfer.work
+    if not _logs and not transfer.is_exchange:
+        return transfer.work
+    with _lock:
+        _num_exchanges += transfer.is_exchange
+        for log in _logs:
+            log._add(axis.name, op, payload_bytes, transfer.wire_bytes)
+        return _Timed(transfer.work, list(_logs))
 
 
 def _note(op: str, axis: Axis) -> None:

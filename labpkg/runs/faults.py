@@ -1,0 +1,364 @@
+"""Faults of a run, noticed on every rank at the same step: callbacks of the `Trainer`.
+
+Synchronous training goes on only if all ranks do the same. So what one rank notices is
+agreed on at the end of a step, by a few bytes; a decision by numbers that are equal on
+all ranks, such as the loss, needs none. `heartbeat` notices what ends no step at all.
+
+Chapter: runs/faults. References: Chowdhery et al. 2022, PaLM, arXiv:2204.02311 (spikes
+of the loss); Dixit et al. 2021, Silent Data Corruptions at Scale, arXiv:2102.11245.
+"""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import threading
+import time
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from labpkg.processes.collectives import all_gather, all_reduce
+from labpkg.processes.messages import all_gather_object
+from labpkg.processes.replicas import check_replicas
+from labpkg.processes.traffic import axis_of, count_comms
+from labpkg.processes.transport import control_device
+from labpkg.runs.attempts import NOTICES
+from labpkg.runs.callbacks import Callback, Run
+
+if TYPE_CHECKING:
+    from labpkg.runs.composition import StepReport
+
+
+class Preemption(Callback):
+    """Save and stop when a signal announces that the machine will be taken.
+
+    Batch systems send SIGTERM or SIGUSR1 (`sbatch --signal=B:USR1@120`), often to one
+    process or one node. All ranks agree after each step whether any of them has got
+    one, save a checkpoint together and stop; `labpkg train` then ends with exit code
+    75, "try again later", and the same command with `--resume` goes on.
+
+    The handlers are there from the first step to the end of the run. Python gives
+    signals to the main thread only: a run in another thread notices none itself.
+
+    Communication: after each step an all_reduce of 8 bytes.
+    """
+
+    def __init__(self) -> None:
+        self._got = 0
+        self._before: dict[int, Any] = {}
+
+    def on_start(self, run: Run) -> None:
+        """Take over the signals."""
+        if threading.current_thread() is threading.main_thread():
+            for number in NOTICES:
+                self._before[number] = signal.signal(number, self._notice)
+
+    def after_step(self, run: Run, report: StepReport) -> None:
+        """Stop on all ranks if one of them has got a signal."""
+        number = int(_largest(self._got))
+        if number:
+            name = signal.Signals(number).name
+            run.stop(f"{name} announced the end of the job")
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _notice(self, number: int, _: object) -> None:
+        self._got = number
+
+
+class SkippedSteps(Callback):
+    """End a run that only skips: after so many steps in a row it learns nothing.
+
+    A step without a finite gradient, or one that `LossSpike` refuses, is left out by
+    all ranks. Single ones are harmless, and fp16 starts with several while its scale
+    falls.
+
+    Args:
+        max_in_a_row: How many may follow each other.
+
+    Raises:
+        ValueError: If the number is below 1.
+    """
+
+    def __init__(self, *, max_in_a_row: int = 30) -> None:
+        if max_in_a_row < 1:
+            raise ValueError(
+                f"max_in_a_row={max_in_a_row} ends a run at its first skipped step or "
+                "before; choose 1 or more"
+            )
+        self.max_in_a_row = max_in_a_row
+        self._in_a_row = 0
+
+    def after_step(self, run: Run, report: StepReport) -> None:
+        """Count; the report is the same on every rank.
+
+        Raises:
+            RuntimeError: On every rank, if there were too many.
+        """
+        self._in_a_row = 0 if report.skipped is None else self._in_a_row + 1
+        if self._in_a_row > self.max_in_a_row:
+            raise RuntimeError(
+                f"{self._in_a_row} steps in a row were skipped, the last one, step "
+                f"{run.step}, because {report.skipped}; resume from an older "
+                "checkpoint with a lower learning rate"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many steps in a row were skipped."""
+        return {"in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._in_a_row = state["in_a_row"]
+
+
+class LossSpike(Callback):
+    """Skip a step whose loss is far above the usual, on all ranks together.
+
+    A step is left out if its loss exceeds `factor` times the median loss of the last
+    `window` steps that were done. The loss is the same number on every rank, so nothing
+    is communicated. The losses are part of a checkpoint: a resumed run decides alike.
+
+    Args:
+        factor: How many times the median is too much, above 1.
+        window: Steps that are looked back on; the rule starts after a fifth of them.
+
+    Raises:
+        ValueError: If a number is too small.
+
+    Reference: Chowdhery et al. 2022, arXiv:2204.02311, section 5.1, which goes back to
+    a checkpoint and leaves out the batches around a spike.
+    """
+
+    def __init__(self, *, factor: float = 2.0, window: int = 100) -> None:
+        if not factor > 1 or window < 5:
+            raise ValueError(
+                f"factor={factor} must be above 1 and window={window} at least 5, or "
+                "ordinary steps are skipped; choose e.g. factor=2, window=100"
+            )
+        self.factor, self.window = factor, window
+        self._losses: deque[float] = deque(maxlen=window)
+        self._rules: list[Any] = []
+
+    def on_start(self, run: Run) -> None:
+        """Add the rule to those of the composition."""
+        self._rules = run.composition.skip_rules
+        self._rules.append(self._judge)
+
+    def close(self) -> None:
+        """Take the rule away."""
+        if self._judge in self._rules:
+            self._rules.remove(self._judge)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses that the next step is compared with."""
+        return {"losses": list(self._losses)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the losses."""
+        self._losses.extend(state["losses"])
+
+    def _judge(self, loss: float, grad_norm: float) -> str | None:
+        if len(self._losses) >= self.window // 5:
+            usual = statistics.median(self._losses)
+            if loss > self.factor * usual:
+                return (
+                    f"its loss {loss:.4g} is {loss / usual:.1f} times the median "
+                    f"{usual:.4g} of {len(self._losses)} steps"
+                )
+        self._losses.append(loss)
+        return None
+
+
+class ReplicaCheck(Callback):
+    """Prove now and then that replicas are still equal, bit by bit.
+
+    A flipped bit in the memory of one rank, or an update that one rank has missed,
+    raises no error, and training goes on with different models. Every `every` steps,
+    and before a checkpoint that falls on the same step, the ranks compare fingerprints
+    over `dp`, within each stage and each part of the layers. At `zero=1` and 2 only a
+    change since the last step shows: the next one replaces all copies.
+
+    Args:
+        every: Steps between two checks; None takes `checkpoint_every` of the run.
+
+    Raises:
+        ValueError: If the number is below 1.
+
+    Communication: about 100 bytes per tensor every so many steps.
+
+    Reference: Dixit et al. 2021, arXiv:2102.11245.
+    """
+
+    def __init__(self, *, every: int | None = None) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"every={every} is too small; choose 1 or more")
+        self.every = every
+
+    def on_start(self, run: Run) -> None:
+        """Refuse a run in which there is nothing to compare.
+
+        Raises:
+            ValueError: On every rank.
+        """
+        layout = run.composition.layout
+        if layout.dp == 1 or layout.zero == 3:
+            why = "dp=1" if layout.dp == 1 else "zero=3"
+            raise ValueError(
+                f"{why} leaves one copy of each parameter, so that there are no "
+                "replicas to compare; leave ReplicaCheck out"
+            )
+        if self._every(run) < 1:
+            raise ValueError(
+                "checkpoint_every=0 does not say how often replicas are compared; give "
+                "ReplicaCheck its own every"
+            )
+
+    def after_step(self, run: Run, report: StepReport) -> None:
+        """Compare, if it is time.
+
+        Raises:
+            RuntimeError: On every rank, with each differing rank and its first
+                differing parameter.
+        """
+        if run.step % self._every(run):
+            return
+        axis, found = run.composition.mesh["dp"], ""
+        try:
+            check_replicas(run.composition.model, axis, buffers=False)
+        except RuntimeError as error:
+            ranks = dist.get_process_group_ranks(axis.get_group())
+            where = "" if len(ranks) == dist.get_world_size() else f" of ranks {ranks}"
+            found = f"after step {run.step}{where}: {error}"
+        strays = dict.fromkeys(text for text in all_gather_object(found) if text)
+        if strays:
+            raise RuntimeError("\n".join(strays))
+
+    def _every(self, run: Run) -> int:
+        return run.config.checkpoint_every if self.every is None else self.every
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Straggler:
+    """A rank that needs longer than its peers.
+
+    Attributes:
+        rank: Which.
+        last_step: The last step of the window in which it was seen.
+        own_s: Seconds of its own work in a step, the median of the window.
+        usual_s: The same of its peers, the median over them.
+    """
+
+    rank: int
+    last_step: int
+    own_s: float
+    usual_s: float
+
+    @property
+    def slowdown(self) -> float:
+        """How many times longer it needs."""
+        return self.own_s / self.usual_s
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} is a straggler: it works {self.slowdown:.1f} times as "
+            f"long on a step as its peers ({1e3 * self.own_s:.1f} ms, usual "
+            f"{1e3 * self.usual_s:.1f} ms, up to step {self.last_step})"
+        )
+
+
+class Stragglers(Callback):
+    """Name the ranks that all others wait for.
+
+    In synchronous training every step takes as long on each rank: those that are ready
+    wait. What differs is a rank's own work, which is its time less its waits for
+    transfers. Its median over a window is compared with that of its peers, the ranks
+    of its stage; stages of one rank are compared with each other.
+
+    Args:
+        factor: From how many times the usual on a rank is reported, above 1.
+        window: Steps between two reports.
+
+    Attributes:
+        found: All `Straggler`s so far.
+        own_s: Each rank's own seconds in a step of the last window, in rank order.
+
+    Raises:
+        ValueError: If a number is too small.
+
+    Communication: 8 bytes per rank once in a window.
+    """
+
+    def __init__(self, *, factor: float = 2.0, window: int = 50) -> None:
+        if not factor > 1 or window < 1:
+            raise ValueError(
+                f"factor={factor} must be above 1 and window={window} at least 1; "
+                "choose e.g. factor=2, window=50"
+            )
+        self.factor, self.window = factor, window
+        self.found: list[Straggler] = []
+        self.own_s: list[float] = []
+        self._times: list[float] = []
+        self._stack = ExitStack()
+
+    def on_start(self, run: Run) -> None:
+        """Start the clocks."""
+        self._log = self._stack.enter_context(count_comms())
+        self._mark = self._now()
+
+    def after_step(self, run: Run, report: StepReport) -> None:
+        """Note the step; at the end of a window compare all ranks."""
+        mark = self._now()
+        self._times.append(mark - self._mark)
+        if len(self._times) == self.window:
+            self._compare(run)
+            self._times.clear()
+        self._mark = self._now()
+
+    def close(self) -> None:
+        """Stop counting."""
+        self._stack.close()
+
+    def _now(self) -> float:
+        """Return seconds of a clock that stands still while this rank waits."""
+        return time.perf_counter() - self._log.wait_s
+
+    def _compare(self, run: Run) -> None:
+        self.own_s = _from_all(statistics.median(self._times))
+        layout = run.composition.layout
+        size = layout.dp * layout.tp
+        size = size if size > 1 else layout.world_size
+        for rank, own in enumerate(self.own_s):
+            first = rank - rank % size
+            peers = [r for r in range(first, first + size) if r != rank]
+            usual = statistics.median([self.own_s[r] for r in peers] or [own])
+            if own > self.factor * usual:
+                straggler = Straggler(
+                    rank=rank, last_step=run.step, own_s=own, usual_s=usual
+                )
+                self.found.append(straggler)
+                run.say(str(straggler))
+
+
+def _control_tensor(value: float) -> torch.Tensor:
+    device = control_device(axis_of(None).group)
+    return torch.tensor([value], dtype=torch.float64, device=device)
+
+
+def _largest(value: float) -> float:
+    """Return the largest value of all ranks."""
+    return all_reduce(_control_tensor(value), op="max").item()
+
+
+def _from_all(value: float) -> list[float]:
+    """Return the values of all ranks, in rank order."""
+    return all_gather(_control_tensor(value)).tolist()
