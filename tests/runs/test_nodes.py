@@ -1,0 +1,206 @@
+"""Jobs on several nodes: network namespaces, or the loopback where there are none."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import cloudpickle
+import psutil
+import pytest
+
+# Not the tests of the book, which pyright finds under this name.
+from book.runs.recipes import job  # pyright: ignore[reportMissingImports]
+from book.runs.recipes.nodes import Nodes  # pyright: ignore[reportMissingImports]
+from labpkg.runs.checkpoint import newest_checkpoint
+from labpkg.runs.config import TrainConfig
+from labpkg.runs.trainer import Trainer
+
+RECIPES = Path(__file__).parents[2] / "book" / "runs" / "recipes"
+_WAIT_S = 100  # for a busy machine
+_STEPS = 60
+# The heartbeats of torchrun, faster than its defaults (5 s, 30 s).
+_RENDEZVOUS = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
+
+
+@pytest.fixture
+def two_nodes():
+    with Nodes(2) as nodes:
+        print("nodes:", nodes.reason or "network namespaces")
+        yield nodes
+
+
+def _environment(**variables):
+    own = {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return os.environ | own | variables
+
+
+# ---- nodes -------------------------------------------------------------------------
+
+
+def _run(nodes, node, script):
+    process = nodes.start(node, ["sh", "-c", script], stdout=subprocess.PIPE, text=True)
+    return process.communicate(timeout=_WAIT_S)[0].split()
+
+
+def test_nodes_see_each_other_and_nothing_else(two_nodes):
+    if not two_nodes.isolated:
+        pytest.skip(f"no network namespaces: {two_nodes.reason}")
+    assert _run(two_nodes, 1, "hostname; getent hosts node0; ls /sys/class/net") >= [
+        "node1"
+    ]
+    find = "import socket; print(socket.gethostbyname(socket.gethostname()))"
+    assert _run(two_nodes, 0, f"{sys.executable} -c '{find}'") == ["10.77.0.1"]
+    assert "eth0" not in psutil.net_if_addrs() or "10.77.0.1" not in {
+        it.address for it in psutil.net_if_addrs()["eth0"]
+    }
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_an_unplugged_node_is_dead_at_once_and_with_all_its_processes(isolated):
+    with Nodes(2, isolated=isolated) as nodes:
+        other = nodes.start(0, ["sleep", "600"])
+        script = "sleep 600 & echo started; wait"
+        victim = nodes.start(1, ["sh", "-c", script], stdout=subprocess.PIPE, text=True)
+        assert victim.stdout is not None
+        assert victim.stdout.readline() == "started\n"
+        tree = psutil.Process(victim.pid).children(recursive=True)
+        nodes.unplug(1)
+        assert not psutil.wait_procs(tree, timeout=_WAIT_S)[1]
+        assert other.poll() is None
+    assert other.poll() is not None  # leaving the block ends all
+
+
+# ---- a job that loses a node -------------------------------------------------------
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Submit to a Slurm that only writes down what `srun` shall start on each node."""
+    record = (
+        'printf "%s\\n" "$HOST" "$JOB" "$NODES" > asked; printf "%s\\n" "$@" >> asked'
+    )
+    for name, script in (
+        ("scontrol", 'test "$3" = "node[0-1]" && printf "node0\\nnode1\\n"'),
+        ("srun", record),
+    ):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    variables = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "2",
+    }
+
+    def submit(*arguments):
+        subprocess.run(
+            ["bash", RECIPES / "slurm.sbatch", *arguments],
+            check=True,
+            cwd=tmp_path,
+            env=_environment(**variables),
+        )
+        host, job, nodes, no_kill, *command = (
+            (tmp_path / "asked").read_text().splitlines()
+        )
+        assert (host, job, nodes, no_kill) == ("node0", "7", "1:2", "--no-kill")
+        return {"JOB": job, "NODES": nodes}, command
+
+    return submit
+
+
+def _options(out):
+    return (
+        *("-m", "labpkg", "train", "--data", "digits", "--precision", "fp64"),
+        *("--steps", str(_STEPS), "--checkpoint-every", "5", "--device", "cpu"),
+        *("--global-batch-size", "16", "--resume", "auto", "--json", "--out", str(out)),
+    )
+
+
+@pytest.mark.skipif(find_spec("tyro") is None, reason="tyro is not installed")
+def test_a_job_goes_on_when_a_node_dies(tmp_path, two_nodes, slurm):
+    out = tmp_path / "run"
+    variables, command = slurm(*_options(out))
+    variables |= {"HOST": two_nodes.hosts[0], "RENDEZVOUS": _RENDEZVOUS}
+    if two_nodes.isolated:
+        two_nodes.limit(1, 100_000)  # some steps a second while both nodes are there
+    first, second = (
+        two_nodes.start(
+            node,
+            command,
+            cwd=RECIPES,
+            env=_environment(**variables),
+            stdout=subprocess.PIPE,
+            stderr=(tmp_path / f"errors{node}").open("w"),
+            text=True,
+        )
+        for node in (0, 1)
+    )
+    end = time.monotonic() + _WAIT_S
+    while newest_checkpoint(out / "checkpoints")[0] is None:
+        assert time.monotonic() < end, (tmp_path / "errors0").read_text()
+        assert first.poll() is second.poll() is None, (tmp_path / "errors0").read_text()
+        time.sleep(0.01)
+    two_nodes.unplug(1)
+    answer = first.communicate(timeout=_WAIT_S)[0]
+    assert first.returncode == 0, (tmp_path / "errors0").read_text()
+
+    result = json.loads(answer)
+    assert result["num_ranks"] == 2
+    resumed = int(result["resumed_from"].rpartition("_")[2])
+    assert 5 <= resumed < _STEPS
+    whole = Trainer(
+        TrainConfig(
+            data="digits",
+            precision="fp64",
+            steps=_STEPS,
+            device="cpu",
+            global_batch_size=16,
+            out=tmp_path / "whole",
+        )
+    ).run()
+    # Four ranks, then two, then one: the same samples, summed in another order.
+    assert result["validation_loss"] == pytest.approx(whole.validation_loss, rel=1e-9)
+
+
+# ---- recipes -----------------------------------------------------------------------
+
+_LAUNCHERS = {
+    "mpi": ("mpi4py", ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]),
+    "submitit": ("submitit", []),
+    "dask": ("distributed", []),
+    "ray": ("ray", []),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(world2):
+    cloudpickle.register_pickle_by_value(job)
+    return world2.run(job.train)[0]
+
+
+@pytest.mark.parametrize("name", _LAUNCHERS)
+def test_every_launcher_runs_the_same_job(name, tmp_path, expected):
+    package, launcher = _LAUNCHERS[name]
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install labpkg[launchers]")
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [*launcher, sys.executable, RECIPES / f"with_{name}.py"],
+        cwd=tmp_path,
+        env=_environment(PATH=programs),
+        capture_output=True,
+        text=True,
+        timeout=_WAIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    result = ast.literal_eval(re.findall(r"{'ranks.*?}", done.stdout)[-1])
+    assert result["ranks"] == 2
+    assert result["weights"] == pytest.approx(expected["weights"], rel=1e-12)
