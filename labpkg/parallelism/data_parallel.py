@@ -355,6 +355,17 @@ class DataParallel(nn.Module):
         finally:
             self._sync = before
 
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Average what was accumulated under `no_sync`, without a backward pass.
+
+        For gradients to which something is added after the last backward, as stages of
+        a `Pipeline` add those of tied parameters. Every rank must call it.
+
+        Communication: as a backward pass.
+        """
+        self._finish()
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore
         """Return the module's own state_dict, without a prefix."""
         return self.module.state_dict(*args, **kwargs)

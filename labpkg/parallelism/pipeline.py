@@ -246,7 +246,8 @@ class Pipeline(nn.Module):
                     f"stage {stage} was frozen when the pipeline was made and is not "
                     "now; make a new Pipeline after unfreezing"
                 )
-        self._ties.require_whole()
+        if backward:
+            self._ties.require_whole()
         cast = torch.get_autocast_dtype(device)
         return Call(
             spec_of(x),

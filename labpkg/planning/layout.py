@@ -49,8 +49,8 @@ class Layout:
         recompute: Keep no activations inside a block; compute them again for backward.
 
     Raises:
-        ValueError: If a size is below 1, a name is unknown, or an option needs a
-            pipeline where there is none.
+        ValueError: If a size is below 1, a name is unknown, an option needs an engine
+            that is not there, or the schedule cannot be had with these numbers.
     """
 
     pp: int = 1
@@ -86,6 +86,13 @@ class Layout:
                 f"num_micro_batches={micro_batches} needs a pipeline, but pp=1 and no "
                 f"schedule is named; choose grad_accum_steps={micro_batches} instead"
             )
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError(
+                "sequence_parallel=True divides what lies between the layers that tp "
+                "cuts, but tp=1 cuts none; choose tp=2 or more, or leave it out"
+            )
+        if self.is_pipeline:
+            self.make_schedule()  # refuses what it cannot be made of
 
     @property
     def world_size(self) -> int:

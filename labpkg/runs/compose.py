@@ -107,6 +107,8 @@ def compose(
         apply_tensor_parallel(
             model, mesh["tp"], plan, sequence_parallel=layout.sequence_parallel
         )
+    takes_windows = layout.is_pipeline or layout.sequence_parallel
+    windows = model.config if takes_windows and isinstance(model, GPT) else None
     objective = Objective(loss_fn, mesh["tp"] if parallel_loss else None)
     divided, reducers = _divide(model, layout, mesh, objective)
     trains = _optimizer(
@@ -120,7 +122,8 @@ def compose(
         mesh,
         divided,
         trains,
-        module=None if layout.is_pipeline else model,
+        module=None if takes_windows else model,
+        windows=windows,
         objective=objective,
         reducers=[trains] if isinstance(trains, ZeroOptimizer) else reducers,
         num_parameters=num_parameters,
@@ -184,6 +187,7 @@ def _divide(
         return replica, [replica]
     schedule = layout.make_schedule()
     stages = split_stages(model, schedule.num_stages)
+    _check_ties(stages, layout)
     own = [stages[i] for i in schedule.stages_of(mesh["pp"].get_local_rank())]
     modules, reducers = _agreed(lambda: _replicated(own, layout, mesh["dp"]))
     pipe = Pipeline(
@@ -194,6 +198,17 @@ def _divide(
         recompute=layout.recompute,
     )
     return pipe, reducers
+
+
+def _check_ties(stages: list[Stage], layout: Layout) -> None:
+    """Refuse to slice what several stages hold, of which they need the whole."""
+    numbers = [number for stage in stages for number in set(stage.numbers.values())]
+    if layout.zero == 3 and len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"zero=3 slices parameters, but stages of the pipeline (pp={layout.pp}) "
+            "share one, whose gradient they sum whole; choose zero=1 or 2, or do not "
+            "tie weights (tied=False)"
+        )
 
 
 def _replicated(

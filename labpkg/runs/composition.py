@@ -11,6 +11,7 @@ Chapter: planning/device_mesh. Reference: Narayanan et al. 2021, arXiv:2104.0447
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from labpkg.foundations.models import GPTConfig
 from labpkg.parallelism.clipping import clip_grad_norm
 from labpkg.parallelism.pipeline import Pipeline
 from labpkg.planning.layout import Layout
 from labpkg.processes.collectives import all_gather, all_reduce
 from labpkg.processes.messages import all_gather_object
 from labpkg.processes.pieces import owner_of
+from labpkg.runs.generation import generate_by_windows
 from labpkg.runs.loss_scale import LossScale
 from labpkg.runs.objective import IGNORED, Objective, num_counted
 
@@ -75,6 +78,7 @@ class Composition:
         optimizer: Optimizer,
         *,
         module: nn.Module | None,
+        windows: GPTConfig | None,
         objective: Objective,
         reducers: list[Any],
         num_parameters: int,
@@ -88,11 +92,17 @@ class Composition:
         self.precision, self.max_grad_norm = precision, max_grad_norm
         self.device, self.seed = device, seed
         self.loss_scale = LossScale() if precision == "fp16" else None
-        self._module, self._objective, self._reducers = module, objective, reducers
+        self._module, self._windows = module, windows  # one of them generates
+        self._objective, self._reducers = objective, reducers
         self._pipe = model if isinstance(model, Pipeline) else None
         self._num_pieces = 1  # of a batch, in a call of the pipeline
+        self._reduces_afterwards = False  # or else in the backward pass of the last one
         if self._pipe is not None:
             self._num_pieces = self._pipe.schedule.num_micro_batches
+            # Stages sum the gradients of tied parameters after each backward, of ZeRO
+            # whole ones, and of several passes those that nobody has reduced yet.
+            has_passes = layout.grad_accum_steps > 1
+            self._reduces_afterwards = layout.zero in (1, 2) or has_passes
 
     def train_step(
         self, x: Tensor, y: Tensor, *, lr: float | None = None
@@ -176,9 +186,7 @@ class Composition:
         """
         x, _, _ = self._prepare(x, None, in_passes=False)
         with torch.no_grad(), self._evaluating(), self._autocast():
-            if self._pipe is None:
-                return self._whole(self.model(x))
-            return self._whole(self._pipe(self._padded(x))[: len(x)])
+            return self._output(x)
 
     def generate(
         self,
@@ -203,14 +211,24 @@ class Composition:
         Shape: prompt (B, T) -> (B, T + num_tokens)
 
         Raises:
-            ValueError: As `GPT.generate`.
+            ValueError: As `GPT.generate`; or if the model has no such method, under a
+                pipeline or sequence parallelism if it is no GPT.
         """
+        if self._windows is None and not hasattr(self._module, "generate"):
+            raise ValueError(
+                "the divided model cannot continue prompts: it has no generate(), or "
+                "is no GPT and takes whole batches only; call forward instead"
+            )
         if generator is None:
             generator = torch.Generator(self.device).manual_seed(self.seed)
         options = {"num_tokens": num_tokens, "temperature": temperature}
-        model: Any = self._module
         with torch.no_grad(), self._evaluating(), self._autocast():
-            whole = model.register_forward_hook(lambda *call: self._whole(call[2]))
+            if self._windows is not None:
+                return generate_by_windows(
+                    self._output, self._windows, prompt, generator=generator, **options
+                )
+            model: Any = self._module
+            whole = model.register_forward_hook(lambda *call: self._gathered(call[2]))
             try:
                 return model.generate(prompt, generator=generator, **options)
             finally:
@@ -221,19 +239,30 @@ class Composition:
     ) -> tuple[Tensor, Any, int]:
         """Check on all ranks; return the tensors as the model wants them, and a count.
 
-        The count is that of the global batch.
+        The count is that of the global batch. All ranks of a place on `dp` must have
+        the same samples: the first of them tells the sum of what the others should say.
         """
         problem = self._problem(x, y, in_passes)
-        counts = (
-            self.mesh["pp"].get_local_rank() == self.mesh["tp"].get_local_rank() == 0
+        number = 0 if problem is not None else _fingerprint(x, y)
+        peers = self.layout.pp * self.layout.tp
+        is_first = not (
+            self.mesh["pp"].get_local_rank() or self.mesh["tp"].get_local_rank()
         )
-        own = num_counted(y) if y is not None and counts and problem is None else 0
-        numbers = torch.tensor([own, problem is not None], device=self.device)
-        count, num_problems = all_reduce(numbers).tolist()
+        count = num_counted(y) if is_first and problem is None and y is not None else 0
+        known = number * (peers - 1 if is_first else -1)
+        numbers = [count, problem is not None, known]
+        count, num_problems, differences = all_reduce(
+            torch.tensor(numbers, device=self.device)
+        ).tolist()
         if num_problems:
             problems = all_gather_object(problem)
             rank = next(r for r, text in enumerate(problems) if text is not None)
             raise ValueError(f"rank {rank}: {problems[rank]}")
+        if differences:
+            raise ValueError(
+                "ranks of pp or tp were given other samples than their peers; the "
+                'samples of a rank follow from dp alone: batches(shard=mesh["dp"])'
+            )
         return self._cast(x), None if y is None else self._cast(y), count
 
     def _problem(self, x: Tensor, y: Tensor | None, in_passes: bool) -> str | None:
@@ -271,10 +300,12 @@ class Composition:
         losses = []
         for number, (xs, ys) in enumerate(passes, 1):
             with ExitStack() as contexts:
-                if self._pipe is None and number < num_passes:
+                if number < num_passes or self._reduces_afterwards:
                     for reducer in self._reducers:
                         contexts.enter_context(reducer.no_sync())
                 losses.append(self._pass(xs, ys))
+        for reducer in self._reducers if self._reduces_afterwards else ():
+            reducer.reduce_gradients()
         return self._sum_over_batch(torch.stack(losses).sum()) / (scale * dp)
 
     def _pass(self, x: Tensor, y: Tensor) -> Tensor:
@@ -314,7 +345,12 @@ class Composition:
         rows = -len(x) % self._num_pieces if len(x) else self._num_pieces
         return torch.cat([x, x.new_full((rows, *x.shape[1:]), fill)])
 
-    def _whole(self, output: Tensor) -> Tensor:
+    def _output(self, x: Tensor) -> Tensor:
+        if self._pipe is None:
+            return self._gathered(self.model(x))
+        return self._gathered(self._pipe(self._padded(x))[: len(x)])
+
+    def _gathered(self, output: Tensor) -> Tensor:
         axis = self._objective.vocabulary
         return output if axis is None else all_gather(output, axis, dim=-1)
 
@@ -330,3 +366,13 @@ class Composition:
             yield
         finally:
             self.model.train(before)
+
+
+def _fingerprint(*tensors: Tensor | None) -> int:
+    """Return a number that differs for tensors of other shapes or sums."""
+    sums = [
+        (tuple(t.shape), str(t.dtype), t.sum(dtype=torch.float64).item())
+        for t in tensors
+        if t is not None
+    ]
+    return zlib.crc32(repr(sums).encode())
