@@ -13,7 +13,6 @@ Chapters: foundations/setup, parallelism/data_parallel.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import signal
@@ -22,7 +21,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labpkg import __version__
@@ -192,19 +190,26 @@ def _run(argv: list[str]) -> int:
     """Run a function of a file on several ranks: labpkg run FILE.py:FUNCTION."""
     parser = argparse.ArgumentParser(prog="labpkg run", description=_run.__doc__)
     parser.add_argument("target", metavar="FILE.py:FUNCTION")
+    parser.add_argument(
+        "arguments", metavar="NAME=VALUE", nargs="*", help="what it is called with"
+    )
     parser.add_argument("--nproc", type=int, help="ranks; all GPUs, else 2")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where ranks run")
     parser.add_argument("--max-restarts", type=int, default=0, help="after a failure")
     parser.add_argument("--json", action="store_true", help="print values as JSON")
-    options = parser.parse_args(argv)
-    path, function = _parse_target(options.target)
+    options = parser.parse_intermixed_args(argv)
+    from labpkg.runs.target import find_function, parse_arguments
+
+    path, function, parameters = find_function(options.target)
+    given = parse_arguments(options.arguments, parameters)
+    call = (path, function, options.device, given)
     if "RANK" in os.environ:
         from labpkg.runs.joining import call_in_file
 
-        values = [_as_rank("run", call_in_file, path, function, options.device)]
+        values = [_as_rank("run", call_in_file, *call)]
         first = int(os.environ["RANK"])
     else:
-        values = _launch_run(path, function, options)
+        values = _launch_run(call, options)
         first = 0
     if options.json:
         print(json.dumps([json.loads(value) for value in values]))
@@ -215,24 +220,7 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _parse_target(target: str) -> tuple[str, str]:
-    path, _, function = target.rpartition(":")
-    if not path or not function.isidentifier():
-        raise ValueError(f"{target!r} is not FILE.py:FUNCTION; write e.g. job.py:main")
-    try:
-        tree = ast.parse(Path(path).read_bytes(), path)
-    except OSError as error:
-        raise ValueError(f"cannot read {path!r}: {error.strerror}") from None
-    except SyntaxError as error:
-        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
-    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    if function not in names:
-        known = ", ".join(names) or "none"
-        raise ValueError(f"{path} defines no function {function!r}; it has: {known}")
-    return str(Path(path).resolve()), function
-
-
-def _launch_run(path: str, function: str, options: argparse.Namespace) -> list[str]:
+def _launch_run(call: tuple, options: argparse.Namespace) -> list[str]:
     from labpkg.runs.preload import start_fork_server
 
     start_fork_server()
@@ -244,14 +232,9 @@ def _launch_run(path: str, function: str, options: argparse.Namespace) -> list[s
     num_gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
     num_ranks = options.nproc if options.nproc is not None else num_gpus or 2
     choose_placement(num_ranks, device=options.device)
+    restarts = options.max_restarts
     return _launch(
-        "run",
-        call_in_file,
-        path,
-        function,
-        options.device,
-        num_ranks=num_ranks,
-        max_restarts=options.max_restarts,
+        "run", call_in_file, *call, num_ranks=num_ranks, max_restarts=restarts
     )
 
 

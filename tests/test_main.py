@@ -280,9 +280,9 @@ _JOB = """
 import torch
 import labpkg as lab
 
-def total():
+def total(factor=1):
     mesh = lab.make_mesh(dp=2)["dp"]
-    return int(lab.all_reduce(torch.tensor(mesh.get_local_rank() + 1), mesh))
+    return int(lab.all_reduce(torch.tensor(mesh.get_local_rank() + factor), mesh))
 
 def fails():
     raise ValueError("my own mistake")
@@ -294,6 +294,8 @@ def test_run_calls_a_function_of_a_file_on_every_rank(tmp_path, labpkg):
     options = ("--nproc", 2, "--device", "cpu")
     good = labpkg("run", "job.py:total", *options, cwd=tmp_path)
     assert _finish(good)[:2] == (0, "[0] 3\n[1] 3\n")
+    called = labpkg("run", "job.py:total", *options, "factor=5", "--json", cwd=tmp_path)
+    assert _finish(called)[:2] == (0, "[11, 11]\n")
     bad = labpkg("run", "job.py:fails", *options, cwd=tmp_path)
     code, out, error = _finish(bad)
     assert (code, out) == (1, "")
@@ -352,6 +354,7 @@ def test_under_torchrun_a_file_of_yours_fails_with_its_traceback(tmp_path):
         ("job.py", "'job.py' is not FILE.py:FUNCTION"),
         ("none.py:main", "cannot read 'none.py': No such file or directory"),
         ("job.py:main", "job.py defines no function 'main'; it has: total, fails"),
+        ("job.py:total steps=1", "the function takes no 'steps'; it takes: factor"),
         ("broken.py:main", "broken.py, line 1: invalid syntax"),
     ],
 )
@@ -361,7 +364,7 @@ def test_run_refuses_what_it_cannot_find(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "job.py").write_text(_JOB)
     (tmp_path / "broken.py").write_text("def def\n")
-    assert command_line.main(["run", target]) == 2
+    assert command_line.main(["run", *target.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"labpkg run: {message}")
     assert error.count("\n") == 1

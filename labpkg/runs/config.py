@@ -70,7 +70,7 @@ class TrainConfig:
 
     Args:
         pp: Ranks that hold consecutive stages of the model.
-        dp: Ranks that share a batch; None takes all GPUs, else 2 processes on the CPU.
+        dp: Data-parallel ranks; None takes all GPUs, else 2 processes on the CPU.
         tp: Ranks that share each layer.
         zero: What the dp ranks divide: 0 nothing, 1 the optimizer state, 2 gradients
             too, 3 parameters too.

@@ -20,9 +20,10 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,7 +75,12 @@ def joined(device: str | None = None) -> Iterator[torch.device]:
             _leave_group()
 
 
-def call_in_file(path: str, function: str, device: str | None = None) -> str:
+def call_in_file(
+    path: str,
+    function: str,
+    device: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> str:
     """Import a file as a rank, call a function of it, and return the value as JSON.
 
     JSON, because no other process may know the classes of the file; what JSON does not
@@ -82,8 +88,9 @@ def call_in_file(path: str, function: str, device: str | None = None) -> str:
 
     Args:
         path: The file; imports find its neighbours.
-        function: Name of a function without arguments.
+        function: Name of a function.
         device: As for `joined`.
+        arguments: Keyword arguments of the function.
     """
     sys.path.insert(0, os.path.dirname(path))
     name = Path(path).stem
@@ -93,7 +100,8 @@ def call_in_file(path: str, function: str, device: str | None = None) -> str:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     with joined(device):
         spec.loader.exec_module(module)
-        return json.dumps(getattr(module, function)(), default=str)
+        value = getattr(module, function)(**(arguments or {}))
+        return json.dumps(value, default=str)
 
 
 def _leave_group() -> None:

@@ -70,7 +70,7 @@ def test_a_restarted_job_moves_nothing(tmp_path, monkeypatch):
 def test_a_run_that_resumes_moves_its_own_checkpoints_nowhere(tmp_path, monkeypatch):
     own = _save(_config(tmp_path / "out"), 9)
     monkeypatch.chdir(tmp_path)
-    for resume in ("newest", str(own), "out/checkpoints/step_000009"):
+    for resume in ("newest", "auto", str(own), "out/checkpoints/step_000009"):
         assert set_aside(_config(tmp_path / "out", resume=resume)) == []
     assert _tree(tmp_path) == ["out/checkpoints/step_000009"]
 
@@ -104,12 +104,23 @@ def test_a_fresh_start_and_a_checkpoint_by_name(tmp_path):
     assert find_start(_config(tmp_path, resume=str(path)), _DATA) == (path, [])
 
 
-@pytest.mark.parametrize("is_restart", [False, True])
-def test_what_is_passed_over_is_said(tmp_path, monkeypatch, is_restart):
-    config = _config(tmp_path, resume=None if is_restart else "newest")
+def test_auto_starts_afresh_where_there_is_nothing(tmp_path):
+    config = _config(tmp_path, resume="auto")
+    assert find_start(config, _DATA) == (None, [])
+    path = _save(config, 9)
+    assert find_start(config, _DATA) == (path, [])
+    os.truncate(path / "training.pt", 5)
+    found, notes = find_start(config, _DATA)
+    assert found is None
+    assert notes[0].startswith(f"Skipped: {path} is not a usable checkpoint")
+
+
+@pytest.mark.parametrize("resume", [None, "newest", "auto"])
+def test_what_is_passed_over_is_said(tmp_path, monkeypatch, resume):
+    config = _config(tmp_path, resume=resume)
     good, bad = _save(config, 8), _save(config, 9)
     (bad / "training.pt").write_bytes(b"short")
-    if is_restart:
+    if resume is None:
         _restart(monkeypatch)
     found, notes = find_start(config, _DATA)
     assert found == good
@@ -136,7 +147,7 @@ def test_a_restart_says_why_it_starts_afresh(tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = _save(_config(tmp_path), 9)
-    for resume in ("newest", str(path)):
+    for resume in ("newest", "auto", str(path)):
         config = _config(tmp_path, resume=resume, seed=3)
         with pytest.raises(ValueError, match="another run: seed is 0 there and 3 here"):
             find_start(config, _DATA)
