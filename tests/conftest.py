@@ -26,6 +26,9 @@ def pytest_configure(config):
     # A job in the background ignores SIGINT, and so would everything that it starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # As a rank computes. Threads of several workers wait for each other, which takes
+    # ten times as long where tensors are small.
+    torch.set_num_threads(1)
     # The long repetitions run when they are asked for: `pytest -m soak`.
     if not config.option.markexpr:
         config.option.markexpr = "not soak"

@@ -1,5 +1,6 @@
 """The commands of README.md exist, and its example runs as it is printed."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ def commands() -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+@functools.cache  # the same help is asked for by several commands
 def run(*command: str) -> str:
     result = subprocess.run(
         command, cwd=ROOT, check=True, capture_output=True, text=True
