@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +67,9 @@ class Composition:
         model: What `clip_grad_norm`, `full_state_dict` and checkpoints take.
         optimizer: Trains this rank's part.
         loss_scale: The scale of fp16, otherwise None.
+        skip_rules: Called with the loss and the norm of the gradient of each step, on
+            every rank with the same numbers, before the update; what one returns is why
+            the step is skipped, None lets it pass.
         num_parameters: Of the whole model.
     """
 
@@ -92,6 +95,7 @@ class Composition:
         self.precision, self.max_grad_norm = precision, max_grad_norm
         self.device, self.seed = device, seed
         self.loss_scale = LossScale() if precision == "fp16" else None
+        self.skip_rules: list[Callable[[float, float], str | None]] = []
         self._module, self._windows = module, windows  # one of them generates
         self._objective, self._reducers = objective, reducers
         self._pipe = model if isinstance(model, Pipeline) else None
@@ -133,7 +137,7 @@ class Composition:
             )
         loss = self._accumulate(x, y, count)
         norm = self._clip()
-        skipped = self._judge(norm)
+        skipped = self._judge(loss, norm)
         if skipped is None:
             for group in self.optimizer.param_groups if lr is not None else ():
                 group["lr"] = lr
@@ -324,7 +328,7 @@ class Composition:
             torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
         return clip_grad_norm(self.model, self.max_grad_norm).item()
 
-    def _judge(self, norm: float) -> str | None:
+    def _judge(self, loss: float, norm: float) -> str | None:
         """Return why the step must be skipped; let the loss scale learn from it.
 
         The norm is the same number on every rank, so all come to the same decision.
@@ -335,6 +339,8 @@ class Composition:
             if reason is not None:
                 reason += f" at a loss scale of {self.loss_scale.value:g}"
             self.loss_scale.update(overflowed=overflowed)
+        for rule in self.skip_rules if reason is None else ():
+            reason = reason or rule(loss, norm)
         return reason
 
     def _sum_over_batch(self, loss: Tensor) -> float:

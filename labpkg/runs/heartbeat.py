@@ -76,7 +76,8 @@ class Heartbeat(Callback):
             )
         self.stall_s, self.every_s, self.ends_job = stall_s, every_s, ends_job
         self.folder = None if folder is None else Path(folder)
-        self._ended, self._num_beats = threading.Event(), 0
+        self._num_beats = 0
+        self._ended: threading.Event | None = None  # made where it is used
 
     def on_start(self, run: Run) -> None:
         """Show the first sign of life, and watch from when all have."""
@@ -85,10 +86,10 @@ class Heartbeat(Callback):
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._function_thread = threading.get_ident()
         self._step, self._since = run.step, time.monotonic()
-        self._ended.clear()
+        ended = self._ended = threading.Event()
         self._beat()
         barrier()  # no rank may find the file of an earlier attempt
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=[ended], daemon=True)
         self._thread.start()
 
     def after_step(self, run: Run, report: StepReport) -> None:
@@ -103,12 +104,13 @@ class Heartbeat(Callback):
 
     def close(self) -> None:
         """Stop the thread."""
-        self._ended.set()
+        if self._ended is not None:
+            self._ended.set()
 
-    def _watch(self) -> None:
-        while not self._ended.wait(self.every_s):
+    def _watch(self, ended: threading.Event) -> None:
+        while not ended.wait(self.every_s):
             self._beat()
-            if time.monotonic() - self._since >= self.stall_s and self._speak():
+            if time.monotonic() - self._since >= self.stall_s and self._speak(ended):
                 return
 
     def _beat(self) -> None:
@@ -133,11 +135,11 @@ class Heartbeat(Callback):
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank_{rank:05d}.json"
 
-    def _speak(self) -> bool:
+    def _speak(self, ended: threading.Event) -> bool:
         """Report, if this is the first living rank; return whether all is said."""
         step, before = self._step, self._read()
         for _ in range(_SILENT_BEATS):
-            if self._ended.wait(self.every_s):
+            if ended.wait(self.every_s):
                 return True
             self._beat()
         after = self._read()
@@ -152,7 +154,7 @@ class Heartbeat(Callback):
                 stack=beat.get("stack", ""),
                 collective=beat.get("collective", ""),
                 num_issued=beat.get("num_issued"),
-                is_stopped=rank in silent,
+                is_stopped=rank in silent and not _may_be_late(beat),
             )
             for rank, beat in after.items()
         }
@@ -169,7 +171,7 @@ class Heartbeat(Callback):
         self, guilty: int, reason: str, beat: dict[str, Any], places: dict[int, Where]
     ) -> None:
         if guilty in places and places[guilty].is_stopped:
-            reason = "it gives no sign of life: the process is stopped or gone"
+            reason = "it gives no sign of life, so its process is stopped or gone"
         else:
             reason = f"it {reason}"
         others = [f"  (rank {r}: {places[r]})" for r in sorted(places) if r != guilty]
@@ -191,6 +193,20 @@ class Heartbeat(Callback):
                 os.kill(beat["pid"], signal.SIGKILL)
         else:
             os._exit(1)  # the engine ends the ranks of all hosts when one fails
+
+
+def _may_be_late(beat: dict[str, Any]) -> bool:
+    """Whether a process without a beat is of this host and neither stopped nor gone.
+
+    It may wait for a processor, or its threads for one that never yields.
+    """
+    if beat["host"] != _host():
+        return False
+    try:
+        stat = Path(f"/proc/{beat['pid']}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "TtZX"
 
 
 def _host() -> str:
