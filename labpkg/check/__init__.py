@@ -11,6 +11,13 @@ from labpkg.check.attention_exercises import (
     attention_gradient,
     merge_attention,
 )
+from labpkg.check.beyond_one_machine_exercises import (
+    bytes_leaving,
+    expand_hosts,
+    next_world,
+    node_of,
+    repeated_steps,
+)
 from labpkg.check.collectives_exercises import (
     broadcast_gradient,
     exchange,
@@ -130,6 +137,7 @@ __all__ = [
     "binary_scores",
     "broadcast_gradient",
     "bucket_sizes",
+    "bytes_leaving",
     "causal_mask",
     "cheapest_cuts",
     "chunked_cross_entropy",
@@ -143,6 +151,7 @@ __all__ = [
     "early_stopping",
     "end_of_step",
     "exchange",
+    "expand_hosts",
     "feed_forward",
     "fewest_micro_batches",
     "fewest_ranks",
@@ -167,6 +176,8 @@ __all__ = [
     "multi_head",
     "network_bytes",
     "new_enough",
+    "next_world",
+    "node_of",
     "num_pieces",
     "one_f_one_b_order",
     "owned_ranges",
@@ -178,6 +189,7 @@ __all__ = [
     "rank_batch",
     "rank_variables",
     "ranks_per_gpu",
+    "repeated_steps",
     "reshard",
     "ring_all_reduce",
     "ring_neighbours",

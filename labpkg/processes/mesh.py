@@ -202,10 +202,24 @@ def start_group(device: str | None = None) -> Placement:
         store = dist.HashStore()
         dist.init_process_group(place.backend, store=store, rank=0, world_size=1)
     else:
-        dist.init_process_group(place.backend, timeout=_TIMEOUT)
+        _join(place.backend)
     if device is None and torch.cuda.is_available() and place.device == "cpu":
         _say_once(f"labpkg: ranks on the CPU (gloo), because {place.reason}")
     return place
+
+
+def _join(backend: str) -> None:
+    try:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    except RuntimeError as error:
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if is_restart and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            error.add_note(
+                "This job was restarted. torchrun gives new ranks the store of the old "
+                "ones, in which they find dead addresses (pytorch issue 135712); set "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where you call torchrun."
+            )
+        raise
 
 
 def _say_once(line: str) -> None:

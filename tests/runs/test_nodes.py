@@ -17,6 +17,7 @@ import pytest
 # Not the tests of the book, which pyright finds under this name.
 from book.runs.recipes import job  # pyright: ignore[reportMissingImports]
 from book.runs.recipes.nodes import Nodes  # pyright: ignore[reportMissingImports]
+from labpkg.processes import mesh
 from labpkg.runs.checkpoint import newest_checkpoint
 from labpkg.runs.config import TrainConfig
 from labpkg.runs.trainer import Trainer
@@ -168,6 +169,25 @@ def test_a_job_goes_on_when_a_node_dies(tmp_path, two_nodes, slurm):
     ).run()
     # Four ranks, then two, then one: the same samples, summed in another order.
     assert result["validation_loss"] == pytest.approx(whole.validation_loss, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("count", "is_shared", "hinted"),
+    [("1", "True", True), ("0", "True", False), ("2", "False", False)],
+)
+def test_a_restart_into_an_old_store_says_how_to_get_a_new_one(
+    monkeypatch, count, is_shared, hinted
+):
+    def refuse(*_, **__):
+        raise RuntimeError("Connection refused")
+
+    monkeypatch.setattr(mesh.dist, "init_process_group", refuse)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", is_shared)
+    with pytest.raises(RuntimeError, match="Connection refused") as raised:
+        mesh._join("gloo")
+    notes = " ".join(getattr(raised.value, "__notes__", []))
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in notes) == hinted
 
 
 # ---- recipes -----------------------------------------------------------------------
