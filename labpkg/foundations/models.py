@@ -127,12 +127,25 @@ class GPT(nn.Module):
         self.head = Head(shape)
         if config.tied:
             self.head.output.weight = self.embedding.tokens.weight
-        std = (3 * shape.width) ** -0.5
         for name, weight in self.named_parameters():
-            if name.endswith(("out.weight", "down.weight")):
-                nn.init.normal_(weight, std=std * (2 * shape.num_layers) ** -0.5)
-            elif weight.dim() > 1:
-                nn.init.normal_(weight, std=std)
+            self.init_parameter(name, weight)
+
+    def init_parameter(self, name: str, tensor: Tensor) -> bool:
+        """Give a matrix its initial value; see `materialize`.
+
+        Args:
+            name: of the parameter.
+            tensor: all of it, filled in place.
+
+        Returns:
+            Whether it was; a norm begins as its layer says.
+        """
+        std, num_layers = (3 * self.config.width) ** -0.5, self.config.num_layers
+        if name.endswith(("out.weight", "down.weight")):
+            std *= (2 * num_layers) ** -0.5
+        if tensor.dim() > 1:
+            nn.init.normal_(tensor, std=std)
+        return tensor.dim() > 1
 
     def forward(
         self, tokens: Tensor, caches: Sequence[KVCache] | None = None

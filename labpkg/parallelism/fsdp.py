@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from labpkg.processes.flat import shard_of
+from labpkg.processes.flat import is_empty, shard_of
 from labpkg.processes.in_place import all_reduce_
 from labpkg.processes.replicas import (
     GradientHook,
@@ -71,7 +71,8 @@ def fully_shard(
     Call the model itself: only that gathers its parameters, each for its unit alone. So
     what reads the weight of another module must lie in one unit with it. Make changes
     to the model (dtype, device, more layers) before; copies and pickles of a sharded
-    model are refused.
+    model are refused. One on "meta" gets memory for its slices, and no values:
+    `materialize` gives them, so that no rank ever holds the whole.
 
     Args:
         model: The model; each rank may start from another seed, rank 0 wins.
@@ -253,6 +254,11 @@ class _FullyShard:
             for name, parameter in root.named_parameters():
                 if shard_of(parameter) is None:
                     raise changed(name, "added")
+                if is_empty(parameter):
+                    raise ValueError(
+                        f"{name} was built on 'meta' and has no values; call "
+                        "materialize(model) before the first forward"
+                    )
 
     def _expected(self, unit: Unit) -> Unit | None:
         """Return the unit that came next in the last forward pass."""

@@ -109,6 +109,7 @@ def apply_tensor_parallel(
     so what is drawn later is equal, but inside `dropout`. Inputs and output are the
     same on all ranks. Parameters stay the same objects, tied or not, and `cut_of` says
     how each is cut; gradients are dropped. Only a layer itself may use its weights.
+    A model on "meta" is cut without memory or values; `materialize` gives them.
 
     Args:
         model: The same on every rank but for values; it reshapes to -1 heads.
@@ -130,7 +131,7 @@ def apply_tensor_parallel(
     Reference: Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022,
         arXiv:2205.05198.
     """
-    require_device(model, mesh)
+    require_device(model, mesh, allows_meta=True)
     require_same_model(model, mesh)
     _require_same_plan(plan, sequence_parallel, mesh)
     matches = match_plan(model, plan)

@@ -126,6 +126,13 @@ class ShardedBucket:
         """Cut a flat bucket (num_elements,) into views shaped like the parameters."""
         return flat_views(flat, self.shapes)
 
+    def take(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return a copy of this rank's slice (slice_elements,) of whole parameters."""
+        whole = parameters[0].detach().new_zeros(self.num_elements)
+        for parameter, view in zip(parameters, self.views(whole), strict=True):
+            view.copy_(parameter.detach())
+        return whole[self.own].clone()
+
     def cut(self, own: Tensor) -> list[Tensor]:
         """Cut this rank's slice (slice_elements,) into its part of each parameter."""
         parts, start = [], 0
@@ -182,3 +189,13 @@ def shard_of(parameter: Tensor) -> Shard | None:
 def mark_shard(parameter: Tensor, shard: Shard | None) -> None:
     """Let `shard_of` find the shard of a parameter; None takes the mark away."""
     parameter._labpkg_shard = shard  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_empty(tensor: Tensor) -> bool:
+    """Return whether a tensor of a model waits for its values: see `materialize`."""
+    return tensor.is_meta or getattr(tensor, "_labpkg_is_empty", False)
+
+
+def mark_empty(slice_: Tensor, empty: bool) -> None:
+    """Note whether a slice of a parameter on "meta" waits for its values."""
+    vars(slice_)["_labpkg_is_empty"] = empty

@@ -379,7 +379,7 @@ def _do_nothing(*_: Any) -> None: ...
 
 
 def _start_equal(layer: nn.Module, mesh: DeviceMesh) -> None:
-    require_device(layer, mesh)
+    require_device(layer, mesh, allows_meta=True)
     broadcast_state(layer.parameters(), mesh)
 
 

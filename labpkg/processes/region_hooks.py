@@ -208,7 +208,7 @@ class SumGradients(_Hook):
     def _enter(self, module: nn.Module, args: Args) -> None:
         for name in self.names:
             parameter: Any = module.get_parameter(name)
-            if not hasattr(parameter, "_labpkg_is_summed"):
+            if not (parameter.is_meta or hasattr(parameter, "_labpkg_is_summed")):
                 parameter._labpkg_is_summed = True
                 is_trained = parameter.requires_grad
                 parameter.requires_grad_(True)  # a frozen one takes no hook

@@ -133,20 +133,26 @@ def require_dense(module: nn.Module) -> None:
             )
 
 
-def require_device(module: nn.Module, mesh: DeviceMesh) -> None:
+def require_device(
+    module: nn.Module, mesh: DeviceMesh, *, allows_meta: bool = False
+) -> None:
     """Refuse a model that lies elsewhere than the mesh; nothing is communicated.
 
     Args:
         module: The replica of this rank.
         mesh: The axis, such as `mesh["dp"]`.
+        allows_meta: Also take a model of which no parameter has memory yet.
 
     Raises:
         ValueError: If the mesh has several axes, if a parameter or buffer is not on its
             kind of device, or if they lie on several.
     """
     axis_of(mesh)
+    is_empty = allows_meta and all(p.is_meta for p in module.parameters())
     first = None
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_empty and tensor.is_meta:
+            continue
         if tensor.device.type != mesh.device_type:
             raise ValueError(
                 f"{name} lies on {tensor.device}, but the mesh is one of "
@@ -162,7 +168,7 @@ def require_device(module: nn.Module, mesh: DeviceMesh) -> None:
 
 def _way_to(device: str, tensor: Tensor) -> str:
     if tensor.is_meta:
-        return f"give the model memory first: model.to_empty(device={device!r})"
+        return "give the model memory and values first: materialize(model)"
     return f"move the model first: model.to({device!r})"
 
 
@@ -177,7 +183,7 @@ def require_same_model(module: nn.Module, mesh: DeviceMesh) -> None:
         ValueError: With the first difference.
     """
     mine = [
-        (name, tuple(t.shape), str(t.dtype), t.requires_grad)
+        (name, tuple(t.shape), str(t.dtype), t.requires_grad, t.is_meta)
         for name, t in (*module.named_parameters(), *module.named_buffers())
     ]
     for rank, theirs in enumerate(all_gather_object(mine, mesh)):
@@ -216,13 +222,14 @@ def broadcast_state(tensors: Iterable[Tensor], mesh: DeviceMesh) -> None:
     """Overwrite tensors, such as parameters and buffers, with those of rank 0.
 
     Args:
-        tensors: The same on every rank, but for their values.
+        tensors: The same on every rank, but for their values; one on "meta" has none.
         mesh: The axis.
 
     Communication: one broadcast per 25 MiB and dtype.
     """
+    filled = [tensor for tensor in tensors if not tensor.is_meta]
     with torch.no_grad():
-        for bucket in bucket_parameters(tensors, _BUCKET_BYTES):
+        for bucket in bucket_parameters(filled, _BUCKET_BYTES):
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
             broadcast_(flat, mesh).wait()
             _write_back(bucket, flat)

@@ -13,7 +13,8 @@ Embedding to Improve Language Models, arXiv:1608.05859 (tied embeddings).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -24,6 +25,29 @@ from labpkg.processes.messages import all_gather_object
 from labpkg.processes.trials import undisturbed
 
 _NUM_TIMINGS = 5
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Origin:
+    """Where tensors that have no values yet come from.
+
+    Attributes:
+        model: The whole model, of which nothing needs memory.
+        names: Name there of each parameter and buffer, by all names that it has in a
+            part; of a tied one the first.
+    """
+
+    model: nn.Module
+    names: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, part: nn.Module | None = None) -> Origin:
+        """Return the origin of what a part has, or the model itself."""
+        first: dict[int, str] = {}
+        for name, tensor in tensors_of(model):
+            first.setdefault(id(tensor), name)
+        own = tensors_of(part or model)
+        return cls(model, {name: first[id(tensor)] for name, tensor in own})
 
 
 class Stage(nn.Module):
@@ -39,6 +63,7 @@ class Stage(nn.Module):
     Attributes:
         numbers: Where each parameter stands in `model.parameters()`, by its name.
         part: Number of the first unit, of the one after the last, and of all.
+        origin: Where values come from, of a model that has none yet; else None.
 
     Shape:
         What the first unit takes -> what the last one returns.
@@ -57,6 +82,8 @@ class Stage(nn.Module):
         order = {id(p): i for i, p in enumerate(model.parameters())}
         named = self.named_parameters(remove_duplicate=False)
         self.numbers = {name: order[id(p)] for name, p in named}
+        is_empty = any(tensor.is_meta for _, tensor in tensors_of(self))
+        self.origin = Origin.of(model, self) if is_empty else None
         self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,6 +91,12 @@ class Stage(nn.Module):
         for name in self._order:
             x = self.get_submodule(name)(x)
         return x
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers under all of their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _place(root: nn.Module, name: str, unit: nn.Module) -> None:
@@ -88,7 +121,8 @@ def split_stages(
 
     Among such cuts the one of the most equal stages is taken. The stages share the
     parameters of the model; a rank keeps those that it runs and drops the others. Make
-    the same call on every rank.
+    the same call on every rank. A model on "meta" costs no memory; `materialize` gives
+    values to the stages that are kept.
 
     Args:
         model: An `nn.Sequential`, whose units are its layers, or a module with
@@ -114,6 +148,11 @@ def split_stages(
         raise ValueError(
             f"balance={balance!r} with sample={'None' if sample is None else '...'}; "
             "a sample is what time is measured with: give both or none"
+        )
+    if sample is not None and any(tensor.is_meta for _, tensor in tensors_of(model)):
+        raise ValueError(
+            "balance='time' runs the model, which lies on 'meta' and cannot; choose "
+            "balance='parameters', or build it with memory"
         )
     units = _units_of(model)
     if not 1 <= num_stages <= len(units):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from labpkg.processes.flat import ShardedBucket, mark_shard, shard_of
+from labpkg.processes.flat import ShardedBucket, mark_empty, mark_shard, shard_of
 from labpkg.processes.in_place import all_gather_, reduce_scatter_
 from labpkg.processes.replicas import release, require_dense, require_device
 from labpkg.processes.transport import Work
@@ -46,18 +46,20 @@ class Group:
         first = parameters[0]
         self.mesh, self.is_trained = mesh, first.requires_grad
         self.bucket = ShardedBucket([p.shape for p in parameters], mesh)
-        whole = first.detach().new_zeros(self.bucket.num_elements)
-        for parameter, view in zip(parameters, self.bucket.views(whole), strict=True):
-            view.copy_(parameter.detach())
-        self.own = whole[self.bucket.own].clone()
+        device = mesh.device_type if first.is_meta else first.device
+        if first.is_meta:  # memory for the slice, and values from `materialize`
+            self.own = first.new_empty(self.bucket.slice_elements, device=device)
+        else:
+            self.own = self.bucket.take(parameters)
         shards = self.bucket.attach(self.own, [self.is_trained] * len(parameters))
         self.sliced = [shard.local for shard in shards]
         for parameter, shard in zip(parameters, shards, strict=True):
             vars(shard.local).update(vars(parameter))  # such as "no decay"
             mark_shard(shard.local, shard)
+            mark_empty(shard.local, first.is_meta)
         self.memory = [memory_of(p) for p in self.sliced]
         cast = param_dtype if first.is_floating_point() else None
-        self.flat = whole.new_empty(len(whole), dtype=cast)
+        self.flat = self.own.new_empty(self.bucket.num_elements, dtype=cast)
         # `.data` gives each a version of its own: autograd saves them in forward, and
         # must not take a later gathering of the same values for a change.
         self.full = [
@@ -141,7 +143,8 @@ def memory_of(parameter: Tensor) -> tuple[int, torch.dtype, torch.device]:
     return parameter.data_ptr(), parameter.dtype, parameter.device
 
 
-def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Let a module use another parameter under a name that it has."""
     if type(module).__setattr__ is nn.Module.__setattr__:
         module._parameters[name] = parameter
     else:  # such as that of nn.LSTM, which keeps a list of its weights
@@ -201,7 +204,7 @@ class Unit:
     ) -> None:
         kinds: dict[Any, list[nn.Parameter]] = {}
         for parameter in members:
-            kind = (parameter.dtype, parameter.requires_grad)
+            kind = (parameter.dtype, parameter.requires_grad, parameter.is_meta)
             kinds.setdefault(kind, []).append(parameter)
         self.groups: list[Group] = []
         self.places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
@@ -236,17 +239,17 @@ class Unit:
         for group in self.groups:
             group.wait()
         for module, name, _, full in self.places:
-            _put(module, name, full)
+            put_parameter(module, name, full)
 
     def leave(self) -> None:
         """Put the slices back; the whole parameters stay gathered."""
         for module, name, sliced, _ in self.places:
-            _put(module, name, sliced)
+            put_parameter(module, name, sliced)
 
     def hide(self) -> None:
         """Put there what refuses to be read, while others compute."""
         for (module, name, _, _), hidden in zip(self.places, self.hidden, strict=True):
-            _put(module, name, hidden)
+            put_parameter(module, name, hidden)
 
     def require_none_of(self, tensors: Iterable[Tensor]) -> None:
         """Refuse outputs that are whole parameters, or views of them."""
@@ -358,7 +361,7 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 def require_shardable(model: nn.Module, mesh: DeviceMesh) -> None:
     """Refuse what cannot be sharded, before anything is sent."""
-    require_device(model, mesh)
+    require_device(model, mesh, allows_meta=True)
     named = dict(model.named_parameters())
     num_elements = sum(p.numel() for p in named.values())
     if num_elements < mesh.size():

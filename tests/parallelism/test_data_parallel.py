@@ -231,7 +231,7 @@ def bad_models():
     elsewhere = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with (
         lab.count_comms() as log,
-        pytest.raises(ValueError, match=r"1\.weight lies on meta.*to_empty"),
+        pytest.raises(ValueError, match=r"1\.weight lies on meta.*materialize"),
     ):
         lab.DataParallel(elsewhere, mesh["dp"])
     assert log["dp"].calls == 0

@@ -153,7 +153,7 @@ def bad_input():
             ("1 elements in 1 parameters", nn.Linear(1, 1, bias=False), {}),
             (
                 "weight lies on meta, but the mesh is one of cpu",
-                nn.Linear(2, 2, device="meta"),
+                nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")),
                 {},
             ),
             ("sparse=False", nn.Embedding(4, 2, sparse=True), {}),

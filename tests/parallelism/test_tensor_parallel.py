@@ -790,7 +790,8 @@ def test_other_bad_input_raises_on_every_rank(world2):
             messages.append(str(error.value))
 
         refuse(nn.Linear(2, 2), plan, mesh=meshes)
-        refuse(nn.Linear(2, 2, device="meta"), plan)
+        partly = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+        refuse(partly, {"0": "column"})
         refuse(nn.Linear(2, 2 + rank), plan)
         refuse(nn.Linear(2, 2), {"": "row" if rank else "column"})
         refuse(nn.Linear(2, 2), plan, sequence_parallel=bool(rank))

@@ -259,11 +259,12 @@ def test_what_leaves_a_unit_and_what_changes_it_is_noticed(world2):
 
 def unshardable():
     mesh = lab.make_mesh(dp=2)
+    partly = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with lab.count_comms() as log:
         for match, model, axis in (
             ("takes one, such as", nn.Linear(2, 2), mesh),
             ("0 elements in 0 parameters, fewer", nn.ReLU(), mesh["dp"]),
-            ("lies on meta", nn.Linear(2, 2, device="meta"), mesh["dp"]),
+            ("lies on meta", partly, mesh["dp"]),
             ("sparse=False", nn.Embedding(4, 2, sparse=True), mesh["dp"]),
         ):
             with pytest.raises(ValueError, match=match):
