@@ -279,7 +279,7 @@ def _definition(
     module = by_name.get(where)
     if module is None:
         return None
-    for node in module.tree.body:
+    for node in reversed(module.tree.body):  # overloads come before it
         if isinstance(node, ast.ClassDef | Function) and node.name == name:
             return module, node
     for _, target in imports(module):

@@ -1,138 +1,264 @@
-"""Checkpoints: a folder that is either complete and verified, or not there.
+"""Checkpoints: saved under any layout, loaded under any other, complete or not there.
 
-A checkpoint is a folder `step_000100` with three files: `model.safetensors` (weights,
-readable by any tool), `training.pt` (optimizer and random states, loaded with
-`weights_only=True`, so it can run no code) and `manifest.json` (format, step, identity
-of the run, size and SHA-256 of the files, and its own checksum).
+Every rank writes pieces of what it holds and nobody ever holds the whole. A piece is a
+box of a whole tensor, known by name and offsets, so a rank of another layout finds the
+boxes that overlap its own; this is what `torch.distributed.checkpoint` does, and its
+`HuggingFaceStorageReader` reads these files. Saved are model, optimizer, random states
+of all ranks and what the run adds; the position in the data needs no file where a
+batch is a function of (seed, step).
 
-Contract: saving writes to a sibling folder, flushes it to the disk and renames it, so
-whatever breaks off leaves the older checkpoints as they are. Loading verifies before it
-changes anything. The position in the data needs no file: a batch is a function of
-(seed, step).
+Contract: all ranks call. Saving writes beside, flushes and renames, so whatever breaks
+off leaves the older checkpoints as they are. Loading verifies every byte before it
+changes anything, and executes nothing: there is no pickle. What one rank refuses or
+cannot do, all refuse.
 
-# Note [replacing]
-No rename takes the place of a folder that is not empty. So an older checkpoint of the
-same step moves to a hidden name first, under which `newest_checkpoint` finds it should
-the process end right then; `clean_up` then gives it its name back.
-
-Chapter: runs/checkpointing. Reference: Pillai et al. 2014, All file systems are not
-created equal, OSDI (why write, flush and rename in this order).
+Chapter: runs/checkpointing. References: Pillai et al. 2014, OSDI; Eisenman et al. 2022,
+Check-N-Run, NSDI (asynchronous, verified).
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
-import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
-import safetensors.torch
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-_FORMAT = "labpkg-checkpoint"
-_VERSION = 1
-_WEIGHTS, _TRAINING, _MANIFEST = "model.safetensors", "training.pt", "manifest.json"
-# They start with a dot: no pattern for checkpoints finds them.
-_PARTIAL, _REPLACED = ".partial-", ".replaced-"
+from labpkg.runs.agreement import (
+    as_told,
+    everyone,
+    num_everyone,
+    own_rank,
+    raise_first,
+)
+from labpkg.runs.checkpoint_files import (
+    Manifest,
+    bad,
+    read_manifest,
+    verify_files,
+)
+from labpkg.runs.checkpoint_folder import (
+    clean_up,
+    list_checkpoints,
+    newest_checkpoint,
+    target_of,
+    verify_checkpoint,
+)
+from labpkg.runs.checkpoint_load import Loading, Reader, check_fit
+from labpkg.runs.checkpoint_lock import give_lock_back, take_lock
+from labpkg.runs.checkpoint_save import (
+    Part,
+    PendingSave,
+    Writing,
+    cannot_save,
+    staged,
+)
+from labpkg.runs.checkpoint_state import Inventory, Whole, decoded
+from labpkg.runs.random_states import random_state, set_random_state
+
+__all__ = [
+    "Manifest",
+    "PendingSave",
+    "clean_up",
+    "export_state_dict",
+    "list_checkpoints",
+    "load_checkpoint",
+    "newest_checkpoint",
+    "read_manifest",
+    "save_checkpoint",
+    "verify_checkpoint",
+]
+
+_PENDING = "_labpkg_pending_save"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """What a verified checkpoint says about itself.
-
-    Attributes:
-        step: Optimizer steps done.
-        identity: What decides the weights of its run; see `TrainConfig.identity`.
-        files: Size and SHA-256 of each file by its name.
-    """
-
-    step: int
-    identity: dict[str, Any]
-    files: dict[str, dict[str, Any]]
-
-
-def random_state() -> dict[str, Tensor]:
-    """Return the state of torch's random generators of this rank."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # else asking would take memory of a GPU
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
+@overload
 def save_checkpoint(
     folder: str | os.PathLike[str],
     *,
     step: int,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None = ...,
+    state: Any = ...,
+    identity: Mapping[str, Any] | None = ...,
+    keep: int | None = ...,
+    asynchronous: Literal[False] = ...,
+) -> Path: ...
+@overload
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer | None = ...,
+    state: Any = ...,
+    identity: Mapping[str, Any] | None = ...,
+    keep: int | None = ...,
+    asynchronous: Literal[True],
+) -> PendingSave: ...
+@overload
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer | None = ...,
+    state: Any = ...,
+    identity: Mapping[str, Any] | None = ...,
+    keep: int | None = ...,
+    asynchronous: bool,
+) -> Path | PendingSave: ...
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    state: Any = None,
     identity: Mapping[str, Any] | None = None,
-    random_states: Sequence[Mapping[str, Tensor]] | None = None,
-) -> Path:
-    """Save a training state so that a run can go on bit by bit from it.
+    keep: int | None = None,
+    asynchronous: bool = False,
+) -> Path | PendingSave:
+    """Save a training state so that a run can go on bit by bit from it, on any layout.
 
-    One rank calls it; with data parallelism every rank holds the same weights. The
-    files are built in memory first (a second copy of the state, on the CPU).
+    Each rank writes about an equal part: what several hold is written once. Beside
+    model and optimizer the random generators of every rank are saved: torch's, those of
+    Python and of NumPy.
+
+    With `asynchronous` training stalls only while the state is copied to memory of the
+    CPU; a thread writes it. The copy stays with the model for the next save, which
+    waits for the one before. Python waits before it ends; a function of `World.run`
+    calls `.wait()` before it returns.
 
     Args:
-        folder: Where checkpoints are collected; the new one is
-            `folder/step_<six digits>` and replaces one of the same step.
+        folder: Where checkpoints are collected, on a disk that all hosts share; the new
+            one is `folder/step_<six digits>` and replaces one of the same step.
         step: Optimizer steps done.
-        model: Its state is saved under the names of `state_dict`; tied parameters once.
-        optimizer: Its state.
+        model: A model under any engine. Its state is saved under the names of
+            `state_dict`, tied parameters once.
+        optimizer: Its state, by the names of the parameters.
+        state: What else the run needs, such as {"loss_scale": 1024.0}: numbers,
+            strings, tensors, and lists, tuples and dicts of such. Rank 0's counts.
         identity: JSON values that a run must share to resume from here.
-        random_states: `random_state()` of every rank; None is this process alone.
+        keep: Remove older checkpoints but for the newest `keep`, with this one; None
+            keeps all.
+        asynchronous: Return before it is written.
 
     Returns:
-        The folder of the checkpoint.
+        The folder of the checkpoint, on every rank; a `PendingSave` if asynchronous.
 
     Raises:
-        OSError: If it cannot be written; what is half-written is removed.
+        OSError: On every rank, if a rank cannot write; what is half-written is removed.
+            An asynchronous save raises it in `wait`, or in the next save.
+        ValueError: On every rank, if something cannot be saved, if an option is out of
+            range, or if another process that runs saves into the folder.
+
+    Communication: an `all_gather_object` of what each rank holds, and two of one word
+    each at the end. The state itself does not travel.
     """
-    target = Path(folder) / f"step_{step:06d}"
-    partial = target.with_name(_PARTIAL + target.name)
-    states = (
-        [random_state()] if random_states is None else list(map(dict, random_states))
+    earlier = vars(model).get(_PENDING)
+    if earlier is not None:
+        earlier.wait()
+    target, partial = target_of(folder, step)
+    inventory, whole, owns_lock = _begin(
+        folder, model, optimizer, state, {"step": step, "identity": identity}, keep
     )
-    training = io.BytesIO()
-    torch.save(
-        {
-            "optimizer_class": type(optimizer).__name__,
-            "optimizer": optimizer.state_dict(),
-            "random_states": states,
-        },
-        training,
+    parts: list[Part] = [
+        (whole.tensors[piece.name].kind, piece, inventory.held[piece])
+        for piece in whole.shared_out()[own_rank()]
+    ]
+    if asynchronous:
+        parts = staged(parts, [] if earlier is None else earlier.writing.parts)
+    writing = Writing(
+        target=target,
+        partial=partial,
+        parts=parts,
+        manifest=_manifest(whole, step, identity),
+        keep=keep,
+        owns_lock=owns_lock,
     )
-    weights = {n: t.detach().cpu().contiguous() for n, t in _state(model).items()}
-    files = {
-        _WEIGHTS: safetensors.torch.save(weights),
-        _TRAINING: training.getvalue(),
-    }
-    files[_MANIFEST] = _manifest(step, dict(identity or {}), files)
+    pending = PendingSave(writing, asynchronous=asynchronous)
+    if not asynchronous:
+        return pending.wait()
+    vars(model)[_PENDING] = pending
+    return pending
+
+
+def _begin(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    state: Any,
+    about: Mapping[str, Any],
+    keep: int | None,
+) -> tuple[Inventory, Whole, bool]:
+    """Take the inventory and make the folder; all ranks do, or none."""
+    inventory, error = None, None
+    is_claimed = owns_lock = False
     try:
-        clean_up(folder)
-        partial.mkdir(parents=True)
-        for name, content in files.items():
-            _write(partial / name, content)
-        _flush_folder(partial)
-        _put_in_place(partial, target)
-    except OSError as error:
-        with suppress(OSError):
-            clean_up(folder)
-        failure = OSError(
-            f"cannot save {target}: {error.strerror}; the older checkpoints are "
-            "intact: make room and resume"
+        _check_options(about, keep)
+        inventory = Inventory(model, optimizer)
+        inventory.told.random = inventory.encoded(
+            random_state(), f"random/{own_rank()}"
         )
-        failure.errno = error.errno
-        raise failure from error
-    return target
+        if own_rank() == 0:
+            inventory.told.state = inventory.encoded(state, "state")
+            owns_lock = take_lock(folder)
+            is_claimed = True
+            clean_up(folder)
+            target_of(folder, about["step"])[1].mkdir()
+    except (ValueError, OSError) as caught:
+        error = as_told(caught)
+    answers = everyone((error, None if inventory is None else inventory.told))
+    try:
+        raise_first([error for error, _ in answers])
+        whole = Whole([told for _, told in answers if told is not None])
+    except (ValueError, OSError) as failure:
+        if is_claimed:
+            clean_up(folder)
+        if owns_lock:
+            give_lock_back(folder)
+        raise cannot_save(target_of(folder, about["step"])[0], failure) from None
+    assert inventory is not None
+    return inventory, whole, owns_lock
+
+
+def _check_options(about: Mapping[str, Any], keep: int | None) -> None:
+    step = about["step"]
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"step={step!r} is no number of steps; choose 0 or more")
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep={keep} would keep nothing; choose 1 or more, or None")
+    try:
+        json.dumps(about)
+    except TypeError as error:
+        raise ValueError(
+            f"identity={about['identity']!r} is not JSON ({error}); give numbers, "
+            "strings, lists and dicts"
+        ) from None
+
+
+def _manifest(
+    whole: Whole, step: int, identity: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the manifest without the files."""
+    return {
+        "step": step,
+        "identity": dict(identity or {}),
+        "state": whole.told[0].state,
+        "world_size": len(whole.told),
+        "names": whole.names,
+        "tensors": {
+            n: [known.dtype, known.shape] for n, known in whole.tensors.items()
+        },
+        "extras": {n: v for told in whole.told for n, v in told.extras.items()},
+        "optimizer": whole.optimizer,
+        "random": [told.random for told in whole.told],
+    }
 
 
 def load_checkpoint(
@@ -140,259 +266,85 @@ def load_checkpoint(
     *,
     model: nn.Module,
     optimizer: Optimizer | None = None,
-    rank: int = 0,
 ) -> Manifest:
     """Verify a checkpoint, then put its state into a model and an optimizer.
 
-    Every rank calls it. A rank that did not exist when it was saved keeps its own
-    random state.
+    Layout and number of ranks may be others than those that saved. Each rank verifies
+    some of the files and reads the boxes that it holds, no more. A rank that did not
+    exist when it was saved keeps its own random state.
 
     Args:
         path: The folder of the checkpoint.
-        model: Gets the weights; names, shapes and dtypes must agree.
-        optimizer: Gets its state, built over the same parameters; None leaves it and
-            the random state out, as for evaluation.
-        rank: Whose random state to restore.
+        model: Gets the weights, under any engine; names, shapes, dtypes and ties must
+            agree.
+        optimizer: Gets its state, with the same groups; None leaves it and the random
+            state out, as for evaluation.
 
     Returns:
-        The manifest.
+        The manifest; its `state` is what `save_checkpoint` was given.
 
     Raises:
-        ValueError: If the checkpoint is missing, foreign, damaged, or of another
-            model; nothing is changed then.
+        ValueError: On every rank, if the checkpoint is missing, foreign, damaged, of a
+            newer version, or of another model or optimizer; nothing is changed then.
+
+    Communication: an `all_gather_object` of what each rank holds, and two of an error
+    or None.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    files = {name: _read_file(path, name, manifest) for name in manifest.files}
-    weights = safetensors.torch.load(files[_WEIGHTS])
-    own = _state(model)
-    _check_same_tensors(path, weights, own)
-    if optimizer is not None:
-        content = io.BytesIO(files[_TRAINING])
-        training = torch.load(content, map_location="cpu", weights_only=True)
-        _check_same_optimizer(path, training["optimizer_class"], optimizer)
-        optimizer.load_state_dict(training["optimizer"])
-        if rank < len(training["random_states"]):
-            _set_random_state(training["random_states"][rank])
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
-    return manifest
+    manifest, error, told = None, None, None
+    try:
+        manifest = read_manifest(path)
+        _verify_share(path, manifest)
+        told = Inventory(model, optimizer).told
+    except ValueError as caught:
+        error = caught
+    answers = everyone((error, told))
+    raise_first([error for error, _ in answers])
+    assert manifest is not None
+    whole = Whole([told for _, told in answers if told is not None])
+    check_fit(path, manifest, whole, optimizer)
+    loading, random = None, None
+    try:
+        loading = Loading(path, manifest, model, optimizer)
+        if optimizer is not None:
+            random = loading.random_state(own_rank())
+    except (ValueError, OSError) as caught:
+        error = as_told(caught)
+    raise_first(everyone(error))
+    assert loading is not None
+    loading.apply()
+    if random is not None:
+        set_random_state(random)
+    return replace(manifest, state=loading.state)
 
 
-def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
-    """Check every byte of a checkpoint against its manifest, without loading it.
+def export_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the `state_dict` of the whole model, without a model, in one process.
+
+    Other tools read it: `model.load_state_dict(...)` of the plain model, or
+    `safetensors.torch.save_model` after that.
 
     Args:
         path: The folder of the checkpoint.
 
     Returns:
-        The manifest.
+        Tensors on the CPU by their names; tied ones are the same tensor.
 
     Raises:
-        ValueError: If the checkpoint is missing, foreign, of another version, or
-            damaged; one line says which file and why.
+        ValueError: If the checkpoint is missing, foreign or damaged.
     """
-    manifest = read_manifest(path)
-    for name in manifest.files:
-        _read_file(Path(path), name, manifest)
-    return manifest
+    manifest = verify_checkpoint(path)
+    reader = Reader(Path(path), manifest)
+    wholes = {name: reader.whole(name) for name in {*manifest.names.values()}}
+    tensors = {name: wholes[saved_as] for name, saved_as in manifest.names.items()}
+    return tensors | decoded(manifest.extras, reader.whole)
 
 
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Read what a checkpoint says about itself, and verify that but not its files.
-
-    Args:
-        path: The folder of the checkpoint.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        ValueError: If it is missing, foreign, of another version, or damaged.
-    """
-    path = Path(path)
-    try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
-        checksum = manifest.pop("sha256", None)
-        is_ours = manifest["format"] == _FORMAT
-    except OSError as error:
-        raise _bad(path, f"{_MANIFEST} cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise _bad(path, f"{_MANIFEST} is damaged or foreign") from None
-    if not is_ours:
-        raise _bad(path, f"its format is {manifest['format']!r}, not {_FORMAT!r}")
-    if manifest.get("version") != _VERSION:
-        raise _bad(
-            path, f"it has version {manifest.get('version')}, this is {_VERSION}"
-        )
-    if checksum != _sha256(_canonical(manifest)):
-        raise _bad(path, f"{_MANIFEST} is damaged (its checksum differs)")
-    return Manifest(**{key: manifest[key] for key in ("step", "identity", "files")})
-
-
-def newest_checkpoint(
-    folder: str | os.PathLike[str],
-) -> tuple[Path | None, list[str]]:
-    """Find the newest valid checkpoint, and say why newer ones were passed over.
-
-    Args:
-        folder: Where checkpoints are collected.
-
-    Returns:
-        The checkpoint or None, and one reason for each newer one that is not valid.
-    """
-    skipped = []
-    for path in list_checkpoints(folder):
-        try:
-            verify_checkpoint(path)
-        except ValueError as error:
-            skipped.append(str(error))
-        else:
-            return path, skipped
-    return None, skipped
-
-
-def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """List the checkpoints of a folder, valid or not, the newest first.
-
-    Args:
-        folder: Where checkpoints are collected; it may be missing.
-    """
-
-    def age(path: Path) -> tuple[int, str, bool]:
-        name = path.name.removeprefix(_REPLACED)
-        return len(name), name, name == path.name  # of one step, the hidden is older
-
-    found = [*Path(folder).glob("step_*"), *Path(folder).glob(f"{_REPLACED}*")]
-    return sorted(found, key=age, reverse=True)
-
-
-def clean_up(folder: str | os.PathLike[str]) -> None:
-    """Repair what a save that was broken off has left behind; see Note [replacing].
-
-    For the process that saves, or when there is none: what looks broken off may be a
-    save that still goes on.
-
-    Args:
-        folder: Where checkpoints are collected; it may be missing.
-    """
-    for partial in Path(folder).glob(f"{_PARTIAL}*"):
-        shutil.rmtree(partial, ignore_errors=True)
-    for replaced in Path(folder).glob(f"{_REPLACED}*"):
-        target = replaced.with_name(replaced.name.removeprefix(_REPLACED))
-        if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            replaced.rename(target)
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    replaced = target.with_name(_REPLACED + target.name)  # see Note [replacing]
-    if target.exists():
-        target.rename(replaced)
-    partial.rename(target)
-    _flush_folder(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the live tensors of the state by name, a tied one under its first name."""
-    found: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    return {
-        name: tensor
-        for name, tensor in state.items()
-        if found.setdefault(id(tensor), name) == name
-    }
-
-
-def _check_same_tensors(
-    path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]
-) -> None:
-    for name in dict.fromkeys([*own, *saved]):
-        theirs, mine = (
-            f"{tuple(t.shape)} {t.dtype}" if t is not None else "missing"
-            for t in (saved.get(name), own.get(name))
-        )
-        if theirs != mine:
-            raise ValueError(
-                f"{path} holds another model: {name} is {theirs} there and {mine} "
-                "here; build the model that was saved"
-            )
-
-
-def _check_same_optimizer(path: Path, saved: str, optimizer: Optimizer) -> None:
-    own = type(optimizer).__name__
-    if saved != own:
-        raise ValueError(
-            f"{path} holds the state of {saved}, which {own} cannot use; resume with "
-            f"{saved}, or load the weights alone (optimizer=None)"
-        )
-
-
-def _set_random_state(state: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _manifest(step: int, identity: dict[str, Any], files: dict[str, bytes]) -> bytes:
-    manifest = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "step": step,
-        "identity": identity,
-        "files": {
-            name: {"bytes": len(content), "sha256": _sha256(content)}
-            for name, content in files.items()
-        },
-    }
-    manifest["sha256"] = _sha256(_canonical(manifest))
-    return json.dumps(manifest, indent=2).encode()
-
-
-def _read_file(path: Path, name: str, manifest: Manifest) -> bytes:
-    """Return the content of a file of a checkpoint if it is what the manifest says."""
-    expected = manifest.files[name]
-    try:
-        content = (path / name).read_bytes()
-    except OSError as error:
-        raise _bad(path, f"{name} cannot be read ({error.strerror})") from None
-    if len(content) != expected["bytes"]:
-        raise _bad(
-            path, f"{name} has {len(content)} bytes instead of {expected['bytes']}"
-        )
-    if _sha256(content) != expected["sha256"]:
-        raise _bad(path, f"{name} is damaged (its SHA-256 differs)")
-    return content
-
-
-def _bad(path: Path, why: str) -> ValueError:
-    return ValueError(
-        f"{path} is not a usable checkpoint: {why}; choose another step_* folder"
-    )
-
-
-def _canonical(manifest: Mapping[str, Any]) -> bytes:
-    return json.dumps(manifest, sort_keys=True).encode()
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    # The names in a folder reach the disk on their own, not with the files.
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _verify_share(path: Path, manifest: Manifest) -> None:
+    """Verify some of the files; together the ranks verify all."""
+    num_ranks, files = num_everyone(), manifest.files
+    by_size = sorted(files, key=lambda name: -files[name]["bytes"])
+    own = by_size[own_rank() :: num_ranks]
+    damage = verify_files(path, {name: files[name] for name in own})
+    if damage is not None:
+        raise bad(path, damage)
