@@ -10,7 +10,8 @@ Rajbhandari et al. 2020, arXiv:1910.02054.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,7 @@ from labpkg.parallelism.tensor_parallel import (
 from labpkg.parallelism.whole import param_groups
 from labpkg.parallelism.zero import ZeroOptimizer
 from labpkg.planning.layout import Layout
+from labpkg.processes.initial_values import materialize
 from labpkg.processes.mesh import make_mesh
 from labpkg.processes.messages import all_gather_object
 from labpkg.processes.stages import Stage, split_stages
@@ -54,6 +56,7 @@ def compose(
     loss_fn: LossFunction | None = None,
     precision: str = "fp32",
     seed: int = 0,
+    on_meta: bool = False,
     max_grad_norm: float = 1.0,
     **options: Any,
 ) -> Composition:
@@ -77,6 +80,9 @@ def compose(
             that are not -100, or over rows; None is the cross-entropy.
         precision: fp32, bf16, fp16 or fp64.
         seed: Of the initial values; and, with the rank, of what is drawn later.
+        on_meta: Build without memory and divide first; only then is what lies here
+            drawn (`materialize`), the same values under every layout. So no rank ever
+            holds the whole. What `build` itself draws or loads is lost.
         max_grad_norm: To which gradients are clipped; `math.inf` does not.
         options: Further options of the optimizer.
 
@@ -98,7 +104,9 @@ def compose(
     mesh = _mesh_of(layout) if mesh is None else _checked(mesh, layout)
     device = _device_of(mesh)
     torch.manual_seed(seed)
-    model = build().to(device)
+    with torch.device("meta" if on_meta else device):
+        model = build()
+    model = model if on_meta else model.to(device)
     model = model.double() if precision == "fp64" else model
     num_parameters = sum(p.numel() for p in model.parameters())
     parallel_loss = layout.tp > 1 and plan is None and loss_fn is None
@@ -110,7 +118,8 @@ def compose(
     takes_windows = layout.is_pipeline or layout.sequence_parallel
     windows = model.config if takes_windows and isinstance(model, GPT) else None
     objective = Objective(loss_fn, mesh["tp"] if parallel_loss else None)
-    divided, reducers = _divide(model, layout, mesh, objective)
+    initialize = partial(materialize, seed=seed, device=device) if on_meta else _keep
+    divided, reducers = _divide(model, layout, mesh, objective, initialize)
     trains = _optimizer(
         divided, layout, mesh, optimizer, groups, weight_decay, lr=lr, **options
     )
@@ -173,23 +182,24 @@ def _known_plan(
 
 
 def _divide(
-    model: nn.Module, layout: Layout, mesh: DeviceMesh, objective: Objective
+    model: nn.Module,
+    layout: Layout,
+    mesh: DeviceMesh,
+    objective: Objective,
+    initialize: Callable[[nn.Module], nn.Module],
 ) -> tuple[nn.Module, list[Any]]:
     """Cut into stages and replicate or shard; return also what reduces gradients."""
+    prepare = lambda parts: _replicated(parts, layout, mesh["dp"], initialize)
     if not layout.is_pipeline:
         if layout.recompute:
             _recompute_units(model)
-        if layout.zero == 3:
-            return fully_shard(model, mesh["dp"]), []
-        if layout.zero:
-            return model, []
-        replica = DataParallel(model, mesh["dp"])
-        return replica, [replica]
+        (whole,), reducers = _agreed(lambda: prepare([model]))
+        return whole, reducers
     schedule = layout.make_schedule()
     stages = split_stages(model, schedule.num_stages)
     _check_ties(stages, layout)
     own = [stages[i] for i in schedule.stages_of(mesh["pp"].get_local_rank())]
-    modules, reducers = _agreed(lambda: _replicated(own, layout, mesh["dp"]))
+    modules, reducers = _agreed(lambda: prepare(own))
     pipe = Pipeline(
         modules,
         schedule,
@@ -212,19 +222,28 @@ def _check_ties(stages: list[Stage], layout: Layout) -> None:
 
 
 def _replicated(
-    own: list[Stage], layout: Layout, mesh: DeviceMesh
+    parts: Sequence[nn.Module],
+    layout: Layout,
+    mesh: DeviceMesh,
+    initialize: Callable[[nn.Module], nn.Module],
 ) -> tuple[Any, list[Any]]:
-    """Put the stages of this rank into their engines over `dp`."""
+    """Put the model, or the stages of this rank, into their engines over `dp`."""
     if layout.zero == 3:
-        return [fully_shard(s, mesh) if _holds(s) else s for s in own], []
+        parts = [fully_shard(part, mesh) if _holds(part) else part for part in parts]
+    together = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
+    initialize(together)
     if layout.zero:
-        return own, []
-    parameters = [p for stage in own for p in stage.parameters()]
+        return parts, []
+    parameters = [p for part in parts for p in part.parameters()]
     if len(set(parameters)) < len(parameters):  # stages of this rank share some
-        replica = DataParallel(nn.ModuleList(own), mesh)
+        replica = DataParallel(together, mesh)
         return replica, [replica]
-    modules = [DataParallel(s, mesh) if _trains(s) else s for s in own]
+    modules = [DataParallel(p, mesh) if _trains(p) else p for p in parts]
     return modules, [m for m in modules if isinstance(m, DataParallel)]
+
+
+def _keep(model: nn.Module) -> nn.Module:
+    return model
 
 
 def _holds(module: nn.Module) -> bool:
