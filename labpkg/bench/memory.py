@@ -67,6 +67,8 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage.device.type == "meta":
+            return  # it says how large it would be, and has no memory
         key = storage._cdata
         if key not in self._sizes:
             self._sizes[key] = 0
