@@ -18,6 +18,7 @@ from labpkg.plot.landscapes import contours, spectrum
 from labpkg.plot.latencies import time_by_size
 from labpkg.plot.matrices import confusion
 from labpkg.plot.meshes import mesh
+from labpkg.plot.pieces import pieces
 from labpkg.plot.players import player
 from labpkg.plot.records import recorded
 from labpkg.plot.schedules import pipeline, schedule, schedule_player
@@ -31,6 +32,7 @@ __all__ = [
     "contours",
     "loss",
     "mesh",
+    "pieces",
     "pipeline",
     "player",
     "recorded",
