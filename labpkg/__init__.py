@@ -40,6 +40,7 @@ _EXPORTS = {
     "tensor_parallel_bytes": "planning.model_parallel",
     "pipeline_bytes": "planning.model_parallel",
     "gpt_layer_cuts": "planning.model_parallel",
+    "Layout": "planning.layout",
     "cross_entropy": "foundations.losses",
     "SGD": "foundations.optimizers",
     "AdamW": "foundations.optimizers",
@@ -88,6 +89,7 @@ _EXPORTS = {
     "RowParallelLinear": "processes.parallel_layers",
     "VocabParallelEmbedding": "processes.parallel_layers",
     "split_stages": "processes.stages",
+    "materialize": "processes.initial_values",
     "DataParallel": "parallelism.data_parallel",
     "average_gradients": "parallelism.data_parallel",
     "average_gradients_bucketed": "parallelism.data_parallel",
@@ -109,6 +111,23 @@ _EXPORTS = {
     "TrainResult": "runs.trainer",
     "save_checkpoint": "runs.checkpoint",
     "load_checkpoint": "runs.checkpoint",
+    "export_state_dict": "runs.checkpoint",
+    "newest_checkpoint": "runs.checkpoint",
+    "verify_checkpoint": "runs.checkpoint",
+    "compose": "runs.composing",
+    "Composition": "runs.composition",
+    "StepReport": "runs.composition",
+    "LossScale": "runs.loss_scale",
+    "Callback": "runs.callbacks",
+    "Preemption": "runs.faults",
+    "SkippedSteps": "runs.faults",
+    "LossSpike": "runs.faults",
+    "ReplicaCheck": "runs.faults",
+    "Stragglers": "runs.faults",
+    "Straggler": "runs.faults",
+    "Heartbeat": "runs.heartbeat",
+    "Manifest": "runs.checkpoint_files",
+    "PendingSave": "runs.checkpoint_save",
     "show": "display",
 }
 _MODULES = ("check", "plot")
@@ -186,6 +205,7 @@ if TYPE_CHECKING:
     from labpkg.planning.cost import model_state_bytes as model_state_bytes
     from labpkg.planning.cost import wire_bytes as wire_bytes
     from labpkg.planning.cost import zero_bytes as zero_bytes
+    from labpkg.planning.layout import Layout as Layout
     from labpkg.planning.model_parallel import gpt_layer_cuts as gpt_layer_cuts
     from labpkg.planning.model_parallel import pipeline_bytes as pipeline_bytes
     from labpkg.planning.model_parallel import (
@@ -211,6 +231,7 @@ if TYPE_CHECKING:
     from labpkg.processes.collectives import broadcast as broadcast
     from labpkg.processes.collectives import reduce as reduce
     from labpkg.processes.collectives import reduce_scatter as reduce_scatter
+    from labpkg.processes.initial_values import materialize as materialize
     from labpkg.processes.mesh import make_mesh as make_mesh
     from labpkg.processes.messages import all_gather_object as all_gather_object
     from labpkg.processes.messages import barrier as barrier
@@ -230,9 +251,26 @@ if TYPE_CHECKING:
     from labpkg.processes.traffic import count_comms as count_comms
     from labpkg.processes.world import RankError as RankError
     from labpkg.processes.world import World as World
+    from labpkg.runs.callbacks import Callback as Callback
+    from labpkg.runs.checkpoint import export_state_dict as export_state_dict
     from labpkg.runs.checkpoint import load_checkpoint as load_checkpoint
+    from labpkg.runs.checkpoint import newest_checkpoint as newest_checkpoint
     from labpkg.runs.checkpoint import save_checkpoint as save_checkpoint
+    from labpkg.runs.checkpoint import verify_checkpoint as verify_checkpoint
+    from labpkg.runs.checkpoint_files import Manifest as Manifest
+    from labpkg.runs.checkpoint_save import PendingSave as PendingSave
+    from labpkg.runs.composing import compose as compose
+    from labpkg.runs.composition import Composition as Composition
+    from labpkg.runs.composition import StepReport as StepReport
     from labpkg.runs.config import TrainConfig as TrainConfig
+    from labpkg.runs.faults import LossSpike as LossSpike
+    from labpkg.runs.faults import Preemption as Preemption
+    from labpkg.runs.faults import ReplicaCheck as ReplicaCheck
+    from labpkg.runs.faults import SkippedSteps as SkippedSteps
+    from labpkg.runs.faults import Straggler as Straggler
+    from labpkg.runs.faults import Stragglers as Stragglers
+    from labpkg.runs.heartbeat import Heartbeat as Heartbeat
+    from labpkg.runs.loss_scale import LossScale as LossScale
     from labpkg.runs.trainer import Trainer as Trainer
     from labpkg.runs.trainer import TrainResult as TrainResult
 

@@ -30,9 +30,11 @@ from labpkg.foundations.metrics import RunningMean
 from labpkg.processes.mesh import choose_placement, make_mesh
 from labpkg.processes.messages import all_gather_object
 from labpkg.runs.callbacks import Callback
-from labpkg.runs.checkpoint import load_checkpoint, random_state, save_checkpoint
-from labpkg.runs.compose import compose
+from labpkg.runs.checkpoint import PendingSave, load_checkpoint, save_checkpoint
+from labpkg.runs.checkpoint_lock import claim_folder
+from labpkg.runs.composing import compose
 from labpkg.runs.config import TrainConfig
+from labpkg.runs.faults import Preemption, SkippedSteps, Stragglers
 from labpkg.runs.joining import joined
 from labpkg.runs.result import TrainResult
 from labpkg.runs.start import find_start, set_aside
@@ -54,13 +56,27 @@ class Trainer:
 
     Args:
         config: What to train.
-        callbacks: What else happens around the steps; the same on every rank.
+        callbacks: What else happens around the steps, the same on every rank.
+            `Preemption`, `SkippedSteps` and `Stragglers` come before them, if they are
+            not among them.
+
+    Raises:
+        ValueError: If two callbacks are of one class.
 
     Communication: that of `Composition.train_step` for each step.
     """
 
     def __init__(self, config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
-        self.config, self.callbacks = config, tuple(callbacks)
+        kinds = [type(callback) for callback in callbacks]
+        twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"two callbacks are of the class {twice.__name__}, which a checkpoint "
+                "could not tell apart; leave one out, or derive a class"
+            )
+        defaults = (Preemption, SkippedSteps, Stragglers)
+        added = [make() for make in defaults if make not in kinds]
+        self.config, self.callbacks = config, (*added, *callbacks)
 
     def run(self) -> TrainResult:
         """Train to the last step, save, evaluate, and return the result on all ranks.
@@ -157,7 +173,7 @@ class _Run:
         self.first_step_time = 0.0
         self.stopped: str | None = None
         self._saved_step: int | None = None
-        self._pending: Any = None  # a checkpoint that is still being written
+        self._pending: PendingSave | None = None
 
     # What callbacks use.
 
@@ -167,18 +183,20 @@ class _Run:
             return
         self._finish_saving()
         self._saved_step = self.step
-        states = all_gather_object(random_state())
-        path = self.config.out / "checkpoints" / f"step_{self.step:06d}"
-        if self.is_first:
-            save_checkpoint(
-                path.parent,
-                step=self.step,
-                model=self.composition.model,
-                optimizer=self.composition.optimizer,
-                identity=self.config.identity(self.task.fingerprint),
-                random_states=states,
-            )
-        self._call("after_save", path)
+        saved = save_checkpoint(
+            self.config.out / "checkpoints",
+            step=self.step,
+            model=self.composition.model,
+            optimizer=self.composition.optimizer,
+            state=self._state(),
+            identity=self.config.identity(self.task.fingerprint),
+            keep=self.config.keep or None,
+            asynchronous=self.config.async_save,
+        )
+        if isinstance(saved, Path):
+            self._call("after_save", saved)
+        else:
+            self._pending = saved
 
     def stop(self, reason: str) -> None:
         """End before the next step."""
@@ -191,8 +209,12 @@ class _Run:
     # The course of a run.
 
     def complete(self) -> TrainResult:
-        """Resume or start, train, save, evaluate."""
-        checkpoint, notes = self._choose_checkpoint()
+        """Resume or start, train, save, evaluate, while nobody else writes there."""
+        with ExitStack() as stack:
+            checkpoint, notes = self._choose_checkpoint(stack)
+            return self._complete(checkpoint, notes)
+
+    def _complete(self, checkpoint: Path | None, notes: list[str]) -> TrainResult:
         if checkpoint is not None:
             self._load(checkpoint)
             notes.append(f"Resumed from {checkpoint}.")
@@ -294,21 +316,29 @@ class _Run:
             checkpoint,
             model=self.composition.model,
             optimizer=self.composition.optimizer,
-            rank=dist.get_rank(),
         )
         self.step = self._saved_step = manifest.step
+        state = manifest.state
+        if self.composition.loss_scale is not None:
+            self.composition.loss_scale.load_state_dict(state["loss_scale"])
+        self.skipped = [(step, why) for step, why in state["skipped_steps"]]
+        for callback in self.callbacks:
+            own = state["callbacks"].get(type(callback).__name__)
+            if own is not None:
+                callback.load_state_dict(own)
 
-    def _choose_checkpoint(self) -> tuple[Path | None, list[str]]:
+    def _choose_checkpoint(self, claim: ExitStack) -> tuple[Path | None, list[str]]:
         """Let rank 0 decide where to start from, and tell all; with what to say."""
-        decision: tuple[Path | None, list[str]] | ValueError = (None, [])
+        decision: tuple[Path | None, list[str]] | Exception = (None, [])
         if self.is_first:
             try:
                 decision = find_start(self.config, self.task.fingerprint)
                 decision[1].extend(set_aside(self.config))
-            except ValueError as refusal:  # all ranks must hear of it
+                claim.enter_context(claim_folder(self.config.out / "checkpoints"))
+            except (ValueError, OSError) as refusal:
                 decision = refusal
         decision = all_gather_object(decision)[0]
-        if isinstance(decision, ValueError):
+        if isinstance(decision, Exception):
             raise decision
         return decision
 

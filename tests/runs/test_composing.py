@@ -14,7 +14,7 @@ from torch import nn
 import labpkg as lab
 from labpkg.planning.layout import Layout
 from labpkg.processes.collectives import count_comms
-from labpkg.runs.compose import compose
+from labpkg.runs.composing import compose
 from labpkg.runs.loss_scale import LossScale
 
 CONFIG = lab.GPTConfig(
