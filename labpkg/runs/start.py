@@ -26,6 +26,7 @@ from labpkg.runs.checkpoint import (
     read_manifest,
     verify_checkpoint,
 )
+from labpkg.runs.checkpoint_lock import claim_folder
 from labpkg.runs.config import TrainConfig, first_difference
 
 _OWN = ("newest", "auto")  # go on in the own folder
@@ -47,10 +48,13 @@ def find_start(config: TrainConfig, fingerprint: str) -> tuple[Path | None, list
 
     Raises:
         ValueError: If the checkpoint is not usable, belongs to another run, or there is
-            none where one was asked for.
+            none where one was asked for, or if another job writes to `out`.
     """
     folder = config.out / "checkpoints"
     checkpoint, skipped = None, []
+    if folder.exists():
+        with claim_folder(folder):  # or refuse while another job writes there
+            pass
     if _is_restart() or config.resume in _OWN:
         checkpoint, skipped = newest_checkpoint(folder)
     if checkpoint is None and config.resume == "newest":

@@ -164,6 +164,7 @@ class _Run:
             plan=tensor_parallel_plan(config),
             precision=config.precision or "fp32",
             seed=config.seed,
+            on_meta=True,
             max_grad_norm=config.clip or math.inf,
             betas=_BETAS,
         )
