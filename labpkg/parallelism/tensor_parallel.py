@@ -105,11 +105,10 @@ def apply_tensor_parallel(
         sequence_gather      any: its first input is gathered along T
         whole                any: it sees all positions; nothing happens
 
-    All ranks take parameters, buffers and torch's random state from rank 0 of the axis,
-    so what is drawn later is equal, but inside `dropout`. Inputs and output are the
-    same on all ranks. Parameters stay the same objects, tied or not, and `cut_of` says
-    how each is cut; gradients are dropped. Only a layer itself may use its weights.
-    A model on "meta" is cut without memory or values; `materialize` gives them.
+    All ranks take parameters, buffers and torch's random state from rank 0 of the axis;
+    one on "meta" has no values, see `materialize`. Inputs and output are the same on
+    all ranks. Parameters stay the same objects, tied or not, and `cut_of` says how each
+    is cut; gradients are dropped. Only a layer itself may use its weights.
 
     Args:
         model: The same on every rank but for values; it reshapes to -1 heads.
