@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 # Not the tests of the book, which pyright finds under this name.
-from book.runs.recipes import job  # pyright: ignore[reportMissingImports]
+from book.runs.recipes import job as recipe  # pyright: ignore[reportMissingImports]
 from book.runs.recipes.nodes import Nodes  # pyright: ignore[reportMissingImports]
 from labpkg.processes import mesh
 from labpkg.runs.checkpoint import newest_checkpoint
@@ -24,7 +24,10 @@ from labpkg.runs.trainer import Trainer
 
 RECIPES = Path(__file__).parents[2] / "book" / "runs" / "recipes"
 _WAIT_S = 100  # for a busy machine
-_STEPS = 60
+needs_tyro = pytest.mark.skipif(
+    find_spec("tyro") is None,
+    reason="tyro is not installed: no options of `labpkg train` to read",
+)
 # The heartbeats of torchrun, faster than its defaults (5 s, 30 s).
 _RENDEZVOUS = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
 
@@ -117,58 +120,99 @@ def slurm(tmp_path):
     return submit
 
 
-def _options(out):
+def _options(out, steps):
     return (
         *("-m", "labpkg", "train", "--data", "digits", "--precision", "fp64"),
-        *("--steps", str(_STEPS), "--checkpoint-every", "5", "--device", "cpu"),
+        *("--steps", str(steps), "--checkpoint-every", "5", "--device", "cpu"),
         *("--global-batch-size", "16", "--resume", "auto", "--json", "--out", str(out)),
     )
 
 
-@pytest.mark.skipif(find_spec("tyro") is None, reason="tyro is not installed")
-def test_a_job_goes_on_when_a_node_dies(tmp_path, two_nodes, slurm):
-    out = tmp_path / "run"
-    variables, command = slurm(*_options(out))
-    variables |= {"HOST": two_nodes.hosts[0], "RENDEZVOUS": _RENDEZVOUS}
-    if two_nodes.isolated:
-        two_nodes.limit(1, 100_000)  # some steps a second while both nodes are there
-    first, second = (
-        two_nodes.start(
-            node,
-            command,
-            cwd=RECIPES,
-            env=_environment(**variables),
-            stdout=subprocess.PIPE,
-            stderr=(tmp_path / f"errors{node}").open("w"),
-            text=True,
-        )
-        for node in (0, 1)
-    )
-    end = time.monotonic() + _WAIT_S
-    while newest_checkpoint(out / "checkpoints")[0] is None:
-        assert time.monotonic() < end, (tmp_path / "errors0").read_text()
-        assert first.poll() is second.poll() is None, (tmp_path / "errors0").read_text()
-        time.sleep(0.01)
-    two_nodes.unplug(1)
-    answer = first.communicate(timeout=_WAIT_S)[0]
-    assert first.returncode == 0, (tmp_path / "errors0").read_text()
+class Job:
+    """A run on two nodes: an agent on each that `start` has started."""
 
-    result = json.loads(answer)
-    assert result["num_ranks"] == 2
-    resumed = int(result["resumed_from"].rpartition("_")[2])
-    assert 5 <= resumed < _STEPS
-    whole = Trainer(
-        TrainConfig(
+    def __init__(self, nodes, folder, slurm, *, steps):
+        self.nodes, self.folder, self.steps = nodes, folder, steps
+        self.out = folder / "run"
+        self.variables, self.command = slurm(*_options(self.out, steps))
+        self.variables |= {"HOST": nodes.hosts[0], "RENDEZVOUS": _RENDEZVOUS}
+        self.agents = []
+
+    def start(self, node):
+        """Start the agent of a node."""
+        self.agents.append(
+            self.nodes.start(
+                node,
+                self.command,
+                cwd=RECIPES,
+                env=_environment(**self.variables),
+                stdout=subprocess.PIPE,
+                stderr=(self.folder / f"errors{node}").open("w"),
+                text=True,
+            )
+        )
+
+    @property
+    def errors(self):
+        """What node 0 has written."""
+        return (self.folder / "errors0").read_text()
+
+    def wait_for_checkpoint(self):
+        end = time.monotonic() + _WAIT_S
+        while newest_checkpoint(self.out / "checkpoints")[0] is None:
+            assert time.monotonic() < end, self.errors
+            assert all(agent.poll() is None for agent in self.agents), self.errors
+            time.sleep(0.01)
+
+    def finish(self):
+        """Return what the run on node 0 says, and the step that it resumed from."""
+        answer = self.agents[0].communicate(timeout=_WAIT_S)[0]
+        assert self.agents[0].returncode == 0, self.errors
+        result = json.loads(answer or self.agents[1].communicate(timeout=_WAIT_S)[0])
+        return result, int(result["resumed_from"].rpartition("_")[2])
+
+    def undisturbed(self):
+        """Run the same in this process, on one rank."""
+        config = TrainConfig(
             data="digits",
             precision="fp64",
-            steps=_STEPS,
+            steps=self.steps,
             device="cpu",
             global_batch_size=16,
-            out=tmp_path / "whole",
+            out=self.folder / "whole",
         )
-    ).run()
-    # Four ranks, then two, then one: the same samples, summed in another order.
+        return Trainer(config).run()
+
+
+@needs_tyro
+def test_a_job_goes_on_when_a_node_dies(tmp_path, two_nodes, slurm):
+    job = Job(two_nodes, tmp_path, slurm, steps=60)
+    if two_nodes.isolated:
+        two_nodes.limit(1, 100_000)  # some steps a second while both nodes are there
+    job.start(0)
+    job.start(1)
+    job.wait_for_checkpoint()
+    two_nodes.unplug(1)
+    result, resumed = job.finish()
+    assert result["num_ranks"] == 2
+    assert 5 <= resumed < 60
+    # Four ranks, then two, or one: the same samples, summed in another order.
+    whole = job.undisturbed()
     assert result["validation_loss"] == pytest.approx(whole.validation_loss, rel=1e-9)
+
+
+@needs_tyro
+@pytest.mark.soak
+def test_a_job_grows_when_a_node_joins(tmp_path, two_nodes, slurm):
+    job = Job(two_nodes, tmp_path, slurm, steps=6000)
+    job.start(0)
+    job.wait_for_checkpoint()
+    job.start(1)
+    result, resumed = job.finish()
+    assert result["num_ranks"] == 4
+    assert resumed >= 5
+    whole = job.undisturbed()
+    assert result["validation_loss"] == pytest.approx(whole.validation_loss, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +246,8 @@ _LAUNCHERS = {
 
 @pytest.fixture(scope="module")
 def expected(world2):
-    cloudpickle.register_pickle_by_value(job)
-    return world2.run(job.train)[0]
+    cloudpickle.register_pickle_by_value(recipe)
+    return world2.run(recipe.train)[0]
 
 
 @pytest.mark.parametrize("name", _LAUNCHERS)

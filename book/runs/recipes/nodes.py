@@ -146,7 +146,7 @@ class Nodes:
 
     def _in_network(self, command: str) -> str:
         assert self._network is not None, self.reason
-        enter = f"nsenter --target {self._network.pid} --user --mount "
+        enter = f"nsenter --target {self._network.pid} --user --net --mount "
         return subprocess.run(
             shlex.split(enter + command), check=True, capture_output=True, text=True
         ).stdout
