@@ -9,6 +9,7 @@ from labpkg.runs.config import TrainConfig
 from labpkg.runs.start import find_start, set_aside
 
 _DATA = "0123abcd"  # a checksum of training data
+_FILE = "model-00000-0.safetensors"
 
 
 def _config(out, **options):
@@ -109,7 +110,7 @@ def test_auto_starts_afresh_where_there_is_nothing(tmp_path):
     assert find_start(config, _DATA) == (None, [])
     path = _save(config, 9)
     assert find_start(config, _DATA) == (path, [])
-    os.truncate(path / "training.pt", 5)
+    os.truncate(path / _FILE, 5)
     found, notes = find_start(config, _DATA)
     assert found is None
     assert notes[0].startswith(f"Skipped: {path} is not a usable checkpoint")
@@ -119,7 +120,7 @@ def test_auto_starts_afresh_where_there_is_nothing(tmp_path):
 def test_what_is_passed_over_is_said(tmp_path, monkeypatch, resume):
     config = _config(tmp_path, resume=resume)
     good, bad = _save(config, 8), _save(config, 9)
-    (bad / "training.pt").write_bytes(b"short")
+    (bad / _FILE).write_bytes(b"short")
     if resume is None:
         _restart(monkeypatch)
     found, notes = find_start(config, _DATA)
@@ -138,7 +139,7 @@ def test_a_restart_without_checkpoint_starts_as_the_job_did(tmp_path, monkeypatc
 
 def test_a_restart_says_why_it_starts_afresh(tmp_path, monkeypatch):
     config = _config(tmp_path)
-    os.truncate(_save(config, 9) / "training.pt", 5)
+    os.truncate(_save(config, 9) / _FILE, 5)
     _restart(monkeypatch)
     found, notes = find_start(config, _DATA)
     assert found is None

@@ -5,13 +5,13 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import safetensors.torch
 import torch
 import torch.distributed as dist
 
 import labpkg as lab
 from labpkg.processes import collectives
-from labpkg.runs import checkpoint
+from labpkg.runs import checkpoint, checkpoint_files, checkpoint_folder, tasks
+from labpkg.runs.callbacks import Callback
 from labpkg.runs.config import TrainConfig
 from labpkg.runs.start import set_aside
 from labpkg.runs.trainer import Trainer, check_config
@@ -51,7 +51,7 @@ def _run_off(config):
 
 
 def _weights(result):
-    return safetensors.torch.load_file(f"{result.checkpoint}/model.safetensors")
+    return lab.export_state_dict(result.checkpoint)
 
 
 def _distance(a, b):
@@ -119,23 +119,30 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_by_bit(tmp_path, world2):
     assert all(torch.equal(again[k], expected[k]) for k in expected)
 
 
-def _hashes_of_files(config):
-    """How often this rank hashes a file of a checkpoint, not only its manifest."""
-    sha256, sizes = checkpoint._sha256, []
-    checkpoint._sha256 = lambda content: sizes.append(len(content)) or sha256(content)
+def _verified_files(config):
+    """How many files of checkpoints this rank verifies."""
+    verify, names = checkpoint_files.verify_files, []
+
+    def counting(path, files):
+        names.extend(files)
+        return verify(path, files)
+
+    for module in (checkpoint, checkpoint_folder):
+        module.verify_files = counting  # pyright: ignore[reportAttributeAccessIssue]
     try:
         Trainer(config).run()
     finally:
-        checkpoint._sha256 = sha256
-    return sum(size > 5_000 for size in sizes)
+        for module in (checkpoint, checkpoint_folder):
+            module.verify_files = verify  # pyright: ignore
+    return len(names)
 
 
-def test_a_resuming_rank_hashes_what_it_reads_and_nothing_else(tmp_path, world2):
+def test_resuming_ranks_verify_each_file_once_together(tmp_path, world2):
     config = _digits(tmp_path)
     world2.run(_run, config, timeout_s=_RUN_S)
     resumed = replace(config, resume="newest")
-    counts = world2.run(_hashes_of_files, resumed, timeout_s=_RUN_S)
-    assert counts == [2 + 2, 2]  # rank 0 chooses before all load the two files
+    counts = world2.run(_verified_files, resumed, timeout_s=_RUN_S)
+    assert counts == [4 + 2, 2]  # rank 0 chooses before all load what each has written
 
 
 def test_a_run_may_resume_on_another_number_of_ranks(tmp_path, world2):
@@ -152,11 +159,12 @@ def test_the_checkpoint_to_resume_from_is_named_and_so_are_those_passed_over(
 ):
     config = _digits(tmp_path, checkpoint_every=5)
     _run(config)
-    (tmp_path / "checkpoints" / "step_000012" / "training.pt").write_bytes(b"short")
+    name = "training-00000-0.safetensors"
+    (tmp_path / "checkpoints" / "step_000012" / name).write_bytes(b"short")
     result = _run(replace(config, resume="newest"))
     error = capfd.readouterr().err
     assert "Skipped: " in error
-    assert "step_000012 is not a usable checkpoint: training.pt has 5 bytes" in error
+    assert f"step_000012 is not a usable checkpoint: {name} has 5 bytes" in error
     assert f"Resumed from {result.resumed_from}." in error
 
 
