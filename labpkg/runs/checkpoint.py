@@ -161,7 +161,7 @@ def save_checkpoint(
     each at the end. The state itself does not travel.
     """
     earlier = vars(model).get(_PENDING)
-    if earlier is not None:
+    if earlier is not None and not earlier.is_over:
         earlier.wait()
     target, partial = target_of(folder, step)
     inventory, whole, owns_lock = _begin(

@@ -141,6 +141,7 @@ class PendingSave:
 
     Attributes:
         path: The folder of the checkpoint.
+        is_over: Whether `wait` has returned or raised.
     """
 
     def __init__(self, writing: Writing, *, asynchronous: bool) -> None:
@@ -151,7 +152,7 @@ class PendingSave:
         self._has_written = threading.Event()
         self._error: BaseException | None = None  # of writing
         self._failure: BaseException | None = None  # of the whole
-        self._is_over = False
+        self.is_over = False
         self._thread: threading.Thread | None = None
         if asynchronous:
             self._may_wait.set()
@@ -167,7 +168,7 @@ class PendingSave:
     @property
     def done(self) -> bool:
         """Whether the checkpoint is complete on the disk; no other rank is asked."""
-        if self._is_over:
+        if self.is_over:
             return self._failure is None
         return self.path.exists() and not self.writing.partial.exists()
 
@@ -183,7 +184,7 @@ class PendingSave:
 
         Communication: two `all_gather_object` of an error or None.
         """
-        if not self._is_over:
+        if not self.is_over:
             self._has_written.wait()
             errors = everyone(self._error)
             self._may_wait.clear()
@@ -196,7 +197,7 @@ class PendingSave:
             self._failure = next(
                 filter(None, [*errors, *everyone(self._failure)]), None
             )
-            self._is_over = True
+            self.is_over = True
         if self._failure is not None:
             raise cannot_save(self.path, self._failure)
         return self.path
