@@ -53,13 +53,23 @@ class Preemption(Callback):
         self._before: dict[int, Any] = {}
 
     def on_start(self, run: Run) -> None:
-        """Take over the signals."""
+        """Take over the signals.
+
+        Args:
+            run: The run.
+        """
+        self._got = 0
         if threading.current_thread() is threading.main_thread():
             for number in NOTICES:
                 self._before[number] = signal.signal(number, self._notice)
 
     def after_step(self, run: Run, report: StepReport) -> None:
-        """Stop on all ranks if one of them has got a signal."""
+        """Stop on all ranks if one of them has got a signal.
+
+        Args:
+            run: The run.
+            report: What the step has found.
+        """
         number = int(_largest(self._got))
         if number:
             name = signal.Signals(number).name
@@ -67,8 +77,8 @@ class Preemption(Callback):
 
     def close(self) -> None:
         """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for number, handler in self._before.items():  # None is one that is not Python's
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
     def _notice(self, number: int, _: object) -> None:
@@ -78,8 +88,7 @@ class Preemption(Callback):
 class SkippedSteps(Callback):
     """End a run that only skips: after so many steps in a row it learns nothing.
 
-    A step without a finite gradient, or one that `LossSpike` refuses, is left out by
-    all ranks. Single ones are harmless, and fp16 starts with several while its scale
+    Single skipped steps are harmless, and fp16 starts with several while its scale
     falls.
 
     Args:
@@ -101,6 +110,10 @@ class SkippedSteps(Callback):
     def after_step(self, run: Run, report: StepReport) -> None:
         """Count; the report is the same on every rank.
 
+        Args:
+            run: The run.
+            report: What the step has found.
+
         Raises:
             RuntimeError: On every rank, if there were too many.
         """
@@ -117,7 +130,11 @@ class SkippedSteps(Callback):
         return {"in_a_row": self._in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Go on counting.
+
+        Args:
+            state: From the checkpoint.
+        """
         self._in_a_row = state["in_a_row"]
 
 
@@ -150,7 +167,11 @@ class LossSpike(Callback):
         self._rules: list[Any] = []
 
     def on_start(self, run: Run) -> None:
-        """Add the rule to those of the composition."""
+        """Add the rule to those of the composition.
+
+        Args:
+            run: The run.
+        """
         self._rules = run.composition.skip_rules
         self._rules.append(self._judge)
 
@@ -164,8 +185,12 @@ class LossSpike(Callback):
         return {"losses": list(self._losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the losses."""
-        self._losses.extend(state["losses"])
+        """Take over the losses.
+
+        Args:
+            state: From the checkpoint.
+        """
+        self._losses = deque(state["losses"], maxlen=self.window)
 
     def _judge(self, loss: float, grad_norm: float) -> str | None:
         if len(self._losses) >= self.window // 5:
@@ -182,11 +207,10 @@ class LossSpike(Callback):
 class ReplicaCheck(Callback):
     """Prove now and then that replicas are still equal, bit by bit.
 
-    A flipped bit in the memory of one rank, or an update that one rank has missed,
-    raises no error, and training goes on with different models. Every `every` steps,
-    and before a checkpoint that falls on the same step, the ranks compare fingerprints
-    over `dp`, within each stage and each part of the layers. At `zero=1` and 2 only a
-    change since the last step shows: the next one replaces all copies.
+    A flipped bit in one rank, or an update that it has missed, raises no error, and
+    training goes on with different models. Every `every` steps, before a checkpoint of
+    the same step, the ranks compare fingerprints over `dp`, within each stage and each
+    part of the layers. At `zero=1` and 2 only a change since the last step shows.
 
     Args:
         every: Steps between two checks; None takes `checkpoint_every` of the run.
@@ -207,6 +231,9 @@ class ReplicaCheck(Callback):
     def on_start(self, run: Run) -> None:
         """Refuse a run in which there is nothing to compare.
 
+        Args:
+            run: The run.
+
         Raises:
             ValueError: On every rank.
         """
@@ -225,6 +252,10 @@ class ReplicaCheck(Callback):
 
     def after_step(self, run: Run, report: StepReport) -> None:
         """Compare, if it is time.
+
+        Args:
+            run: The run.
+            report: What the step has found.
 
         Raises:
             RuntimeError: On every rank, with each differing rank and its first
@@ -279,10 +310,9 @@ class Straggler:
 class Stragglers(Callback):
     """Name the ranks that all others wait for.
 
-    In synchronous training every step takes as long on each rank: those that are ready
-    wait. What differs is a rank's own work, which is its time less its waits for
-    transfers. Its median over a window is compared with that of its peers, the ranks
-    of its stage; stages of one rank are compared with each other.
+    A step takes as long on every rank: those that are ready wait. What differs is a
+    rank's own work, its time less its waits for transfers. Its median over a window is
+    compared with that of its peers: the ranks of its stage, else those of all stages.
 
     Args:
         factor: From how many times the usual on a rank is reported, above 1.
@@ -311,12 +341,21 @@ class Stragglers(Callback):
         self._stack = ExitStack()
 
     def on_start(self, run: Run) -> None:
-        """Start the clocks."""
+        """Start the clocks.
+
+        Args:
+            run: The run.
+        """
         self._log = self._stack.enter_context(count_comms())
         self._mark = self._now()
 
     def after_step(self, run: Run, report: StepReport) -> None:
-        """Note the step; at the end of a window compare all ranks."""
+        """Note the step; at the end of a window compare all ranks.
+
+        Args:
+            run: The run.
+            report: What the step has found.
+        """
         mark = self._now()
         self._times.append(mark - self._mark)
         if len(self._times) == self.window:
@@ -342,11 +381,9 @@ class Stragglers(Callback):
             peers = [r for r in range(first, first + size) if r != rank]
             usual = statistics.median([self.own_s[r] for r in peers] or [own])
             if own > self.factor * usual:
-                straggler = Straggler(
-                    rank=rank, last_step=run.step, own_s=own, usual_s=usual
-                )
-                self.found.append(straggler)
-                run.say(str(straggler))
+                what = {"rank": rank, "last_step": run.step, "own_s": own}
+                self.found.append(Straggler(usual_s=usual, **what))
+                run.say(str(self.found[-1]))
 
 
 def _control_tensor(value: float) -> torch.Tensor:

@@ -80,7 +80,11 @@ class Heartbeat(Callback):
         self._ended: threading.Event | None = None  # made where it is used
 
     def on_start(self, run: Run) -> None:
-        """Show the first sign of life, and watch from when all have."""
+        """Show the first sign of life, and watch from when all have.
+
+        Args:
+            run: The run.
+        """
         self._folder = self.folder or run.config.out / "heartbeat"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
@@ -93,11 +97,21 @@ class Heartbeat(Callback):
         self._thread.start()
 
     def after_step(self, run: Run, report: StepReport) -> None:
-        """Note that a step has ended."""
+        """Note that a step has ended.
+
+        Args:
+            run: The run.
+            report: What the step has found.
+        """
         self._step, self._since = run.step, time.monotonic()
 
     def after_save(self, run: Run, path: Path) -> None:
-        """Note that something has ended; after the last step stop watching."""
+        """Note that something has ended; after the last step stop watching.
+
+        Args:
+            run: The run.
+            path: The folder of the checkpoint.
+        """
         self._since = time.monotonic()
         if run.step >= run.config.steps:
             self.close()

@@ -42,6 +42,10 @@ class At(Callback):
             self.function(run)
 
 
+class Again(At):
+    """A second fault in one run, which has one callback of a class."""
+
+
 def _train(config, *callbacks):
     """Train; return the result, or what a rank says when it gives up."""
     try:
@@ -117,7 +121,7 @@ def _exaggerate(run):
 
 def test_a_spike_of_the_loss_on_one_rank_is_left_out_by_all(tmp_path, world2):
     config = _digits(tmp_path, steps=12)
-    callbacks = LossSpike(window=20), At(9, _exaggerate), At(2, _exaggerate)
+    callbacks = LossSpike(window=20), At(9, _exaggerate), Again(2, _exaggerate)
     results = world2.run(_train, config, *callbacks, timeout_s=_RUN_S)
     assert results[0].skipped_steps == results[1].skipped_steps
     ((step, why),) = results[0].skipped_steps  # step 2 came before the rule starts
