@@ -13,6 +13,7 @@ Narayanan et al. 2021, arXiv:2104.04473; Qi et al. 2024, arXiv:2401.10241.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
@@ -323,7 +324,9 @@ class Pipeline(nn.Module):
             prefix: What to put before the names.
             keep_vars: Return parameters themselves.
         """
-        destination = {} if destination is None else destination
+        if destination is None:
+            destination = OrderedDict()
+            destination._metadata = OrderedDict()  # versions, for layers that change
         for stage, module in self._modules_of.items():
             name = self._prefixes[stage]
             module.state_dict(
@@ -352,11 +355,19 @@ class Pipeline(nn.Module):
                 f"no stage of this rank has {sorted(unknown)}; load what state_dict() "
                 "returned on this rank, or pass strict=False"
             )
+        versions = getattr(state_dict, "_metadata", None) or {}
         for stage, module in self._modules_of.items():
             name = self._prefixes[stage]
             start = f"{name}." if name else ""
             own = {start + key for key in module.state_dict()}
-            part = {k.removeprefix(start): v for k, v in state_dict.items() if k in own}
+            part = OrderedDict(
+                (k.removeprefix(start), v) for k, v in state_dict.items() if k in own
+            )
+            vars(part)["_metadata"] = {
+                key.removeprefix(start) if key != name else "": version
+                for key, version in versions.items()
+                if f"{key}.".startswith(start)
+            }
             module.load_state_dict(part, strict=strict, assign=assign)
 
 

@@ -231,8 +231,10 @@ def _whole_state(
     )
     for name, whole in shown_ones:
         state[name] = copied(whole, device) if keeps else None
-    if hasattr(held, "_metadata"):  # versions, for models that change
-        vars(state)["_metadata"] = vars(held)["_metadata"]
+    versions = OrderedDict()  # of layers, which may change
+    for theirs in by_stage(getattr(held, "_metadata", {}), _stages_of(model)).values():
+        versions |= theirs
+    vars(state)["_metadata"] = versions
     return state
 
 

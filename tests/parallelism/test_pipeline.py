@@ -361,6 +361,42 @@ def test_stages_of_another_origin(world2):
         assert found["names"] == names
 
 
+class Versioned(nn.Linear):
+    """A layer that has changed, and is told which version it loads."""
+
+    _version = 3
+    loaded = None
+
+    def _load_from_state_dict(self, *args):  # pyright: ignore
+        self.loaded = args[2].get("version")
+        super()._load_from_state_dict(*args)
+
+
+def versions():
+    """What layers are told when they load what was saved."""
+    _, mesh = start()
+    schedule = interleaved(2, M, num_virtual_stages=2)
+    model = nn.Sequential(*(Versioned(6, 6) for _ in "1234"))
+    cut = make(model, schedule, mesh)
+    whole = lab.full_state_dict(cut)
+    other = Pipeline([Versioned(6, 6) for _ in "12"], schedule, mesh, loss_fn=nn.L1Loss)
+    metadata = [dict(vars(s)["_metadata"]) for s in (whole, model.state_dict())]
+    told = [metadata[0] == metadata[1]]
+    for pipe in (cut, other):
+        layers = [layer for layer in pipe.modules() if isinstance(layer, Versioned)]
+        pipe.load_state_dict(pipe.state_dict())
+        told += [layer.loaded for layer in layers]
+        pipe.load_state_dict(dict(pipe.state_dict()))  # nothing tells it any more
+        told += [layer.loaded for layer in layers]
+    lab.load_full_state_dict(cut, whole)
+    return told + [layer.loaded for layer in cut.modules() if hasattr(layer, "loaded")]
+
+
+def test_layers_learn_which_version_they_load(world2):
+    want = [True, *[3, 3, None, None] * 2, 3, 3]
+    assert world2.run(versions) == [want] * 2
+
+
 # ---- what is sent ------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 import labpkg as lab
+from labpkg.bench.memory import LiveBytes
 from labpkg.parallelism.fsdp import fully_shard
 from labpkg.parallelism.whole import (
     full_gradients,
@@ -218,6 +219,26 @@ def test_the_state_of_a_sharded_model_is_that_of_the_model(world4):
         assert kind is type(odd().state_dict())
         assert has_metadata  # versions, for models that change
         assert is_compact  # no copy keeps a bucket alive
+
+
+def peaks_of_consolidating():
+    """Return what each rank holds at most, and afterwards, in units of a layer."""
+    mesh = lab.make_mesh(dp=2)["dp"]
+    model = fully_shard(lab.MLP(*[64] * 9), mesh)  # each layer is a unit
+    with LiveBytes() as live:
+        state = lab.consolidate(model)
+        num_saved = 0 if state is None else len(state) // 2
+        unit = 4 * (64 * 64 + 64)
+        return live.peak / unit, live.now / unit, num_saved
+
+
+def test_one_rank_has_the_whole_and_the_others_one_bucket_at_a_time(world2):
+    (peak, after, num_saved), other = world2.run(peaks_of_consolidating)
+    own = 8 / 2  # of the slices, which are read
+    assert (after, num_saved) == (own + 8, 8)
+    assert peak <= own + 8 + 1  # the bucket that travels
+    assert other[0] <= own + 2
+    assert other[1:] == (own, 0)
 
 
 def test_groups_are_the_same_before_and_after_sharding(world4):

@@ -20,7 +20,7 @@ from labpkg.processes.parallel_layers import ColumnParallelLinear
 from labpkg.processes.stages import split_stages
 
 CONFIG = lab.GPTConfig(
-    num_layers=4, width=16, num_heads=4, sequence_length=8, vocab_size=32
+    num_layers=2, width=16, num_heads=4, sequence_length=8, vocab_size=32
 )
 LAYOUTS = {
     "dp4 zero3": Layout(dp=4, zero=3),
