@@ -47,22 +47,42 @@ def _environment(**variables):
 # ---- nodes -------------------------------------------------------------------------
 
 
-def _run(nodes, node, script):
-    process = nodes.start(node, ["sh", "-c", script], stdout=subprocess.PIPE, text=True)
-    return process.communicate(timeout=_WAIT_S)[0].split()
+def _run(nodes, node, *command):
+    process = nodes.start(node, [*command], stdout=subprocess.PIPE, text=True)
+    return process.communicate(timeout=_WAIT_S)[0].strip()
 
 
-def test_nodes_see_each_other_and_nothing_else(two_nodes):
+def test_a_node_has_a_name_and_an_address_and_one_cable(two_nodes):
     if not two_nodes.isolated:
         pytest.skip(f"no network namespaces: {two_nodes.reason}")
-    assert _run(two_nodes, 1, "hostname; getent hosts node0; ls /sys/class/net") >= [
-        "node1"
-    ]
-    find = "import socket; print(socket.gethostbyname(socket.gethostname()))"
-    assert _run(two_nodes, 0, f"{sys.executable} -c '{find}'") == ["10.77.0.1"]
-    assert "eth0" not in psutil.net_if_addrs() or "10.77.0.1" not in {
-        it.address for it in psutil.net_if_addrs()["eth0"]
-    }
+    for node in (0, 1):
+        assert _run(two_nodes, node, "hostname") == f"node{node}"
+        links = json.loads(_run(two_nodes, node, "ip", "-json", "link"))
+        assert {link["ifname"] for link in links} == {"lo", "eth0"}
+        other = _run(two_nodes, node, "getent", "hosts", f"node{1 - node}").split()
+        assert other == [f"10.77.0.{2 - node}", f"node{1 - node}"]
+    addresses = [it for own in psutil.net_if_addrs().values() for it in own]
+    assert not any(it.address.startswith("10.77.0.") for it in addresses)
+
+
+def test_what_leaves_a_node_is_counted_and_slowed_down(two_nodes):
+    if not two_nodes.isolated:
+        pytest.skip(f"no network namespaces: {two_nodes.reason}")
+    before = two_nodes.sent_bytes(0)
+    two_nodes.limit(0, 1_000_000)
+    peer = "socket.create_server(('', 5000)).accept()[0].makefile('rb')"
+    take = f"import socket; print(len({peer}.read()))"
+    peer = "socket.create_connection(('node1', 5000))"
+    give = f"import socket; {peer}.sendall(bytes(500_000))"
+    server = two_nodes.start(
+        1, [sys.executable, "-c", take], stdout=subprocess.PIPE, text=True
+    )
+    start = time.monotonic()
+    while _run(two_nodes, 0, "sh", "-c", f'{sys.executable} -c "{give}" 2>&1'):
+        assert time.monotonic() - start < _WAIT_S  # until the server listens
+    assert server.communicate(timeout=_WAIT_S)[0] == "500000\n"
+    assert time.monotonic() - start > 0.4  # 0.5 MB at 1 MB/s, less a burst of 32 kB
+    assert 500_000 < two_nodes.sent_bytes(0) - before < 550_000
 
 
 @pytest.mark.parametrize("isolated", [True, False])
@@ -185,6 +205,7 @@ class Job:
 
 
 @needs_tyro
+@pytest.mark.timeout(300)
 def test_a_job_goes_on_when_a_node_dies(tmp_path, two_nodes, slurm):
     job = Job(two_nodes, tmp_path, slurm, steps=60)
     if two_nodes.isolated:
@@ -203,6 +224,7 @@ def test_a_job_goes_on_when_a_node_dies(tmp_path, two_nodes, slurm):
 
 @needs_tyro
 @pytest.mark.soak
+@pytest.mark.timeout(300)
 def test_a_job_grows_when_a_node_joins(tmp_path, two_nodes, slurm):
     job = Job(two_nodes, tmp_path, slurm, steps=6000)
     job.start(0)
