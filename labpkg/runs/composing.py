@@ -36,10 +36,12 @@ from labpkg.processes.initial_values import materialize
 from labpkg.processes.mesh import make_mesh
 from labpkg.processes.messages import all_gather_object
 from labpkg.processes.stages import Stage, split_stages
-from labpkg.runs.composition import PRECISIONS, Composition
+from labpkg.runs.composition import PRECISIONS, Composition, Parts
 from labpkg.runs.objective import LossFunction, Objective
+from labpkg.runs.samples import device_of
 
 T = TypeVar("T")
+Initialize = Callable[[nn.Module], nn.Module]
 Groups = Callable[[nn.Module], list[dict[str, Any]]]
 
 
@@ -97,50 +99,34 @@ def compose(
 
     Reference: Narayanan et al. 2021, arXiv:2104.04473.
     """
+    _check_options(precision, max_grad_norm)
+    mesh = _mesh_of(layout) if mesh is None else _checked(mesh, layout)
+    model, initialize = _built(build, precision, device_of(mesh), seed, on_meta)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    objective = _cut_layers(model, layout, mesh, plan, loss_fn)
+    divided, reducers = _divide(model, layout, mesh, objective, initialize)
+    made = _groups(divided, weight_decay) if groups is None else groups(divided)
+    trains = _optimizer(made, layout, mesh, optimizer, lr=lr, **options)
+    _seed_rank(seed, mesh)
+    takes_windows = layout.is_pipeline or layout.sequence_parallel
+    parts = Parts(
+        model=divided,
+        optimizer=trains,
+        objective=objective,
+        reducers=[trains] if isinstance(trains, ZeroOptimizer) else reducers,
+        module=None if takes_windows else model,
+        windows=model.config if takes_windows and isinstance(model, GPT) else None,
+        num_parameters=num_parameters,
+    )
+    how = {"precision": precision, "max_grad_norm": max_grad_norm, "seed": seed}
+    return Composition(layout, mesh, parts, **how)
+
+
+def _check_options(precision: str, max_grad_norm: float) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}; choose one of {PRECISIONS}")
     if not max_grad_norm > 0:  # also refuses nan
         raise ValueError(f"max_grad_norm={max_grad_norm} must be above 0; choose 1.0")
-    mesh = _mesh_of(layout) if mesh is None else _checked(mesh, layout)
-    device = _device_of(mesh)
-    torch.manual_seed(seed)
-    with torch.device("meta" if on_meta else device):
-        model = build()
-    model = model if on_meta else model.to(device)
-    model = model.double() if precision == "fp64" else model
-    num_parameters = sum(p.numel() for p in model.parameters())
-    parallel_loss = layout.tp > 1 and plan is None and loss_fn is None
-    if layout.tp > 1:
-        plan = plan or _known_plan(model, layout, parallel_loss)
-        apply_tensor_parallel(
-            model, mesh["tp"], plan, sequence_parallel=layout.sequence_parallel
-        )
-    takes_windows = layout.is_pipeline or layout.sequence_parallel
-    windows = model.config if takes_windows and isinstance(model, GPT) else None
-    objective = Objective(loss_fn, mesh["tp"] if parallel_loss else None)
-    initialize = partial(materialize, seed=seed, device=device) if on_meta else _keep
-    divided, reducers = _divide(model, layout, mesh, objective, initialize)
-    trains = _optimizer(
-        divided, layout, mesh, optimizer, groups, weight_decay, lr=lr, **options
-    )
-    # Dropout of each rank by itself, but alike where ranks hold parts of one layer.
-    place = mesh["pp"].get_local_rank() * layout.dp + mesh["dp"].get_local_rank()
-    torch.manual_seed(seed + 1 + place)
-    return Composition(
-        layout,
-        mesh,
-        divided,
-        trains,
-        module=None if takes_windows else model,
-        windows=windows,
-        objective=objective,
-        reducers=[trains] if isinstance(trains, ZeroOptimizer) else reducers,
-        num_parameters=num_parameters,
-        precision=precision,
-        max_grad_norm=max_grad_norm,
-        device=device,
-        seed=seed,
-    )
 
 
 def _mesh_of(layout: Layout) -> DeviceMesh:
@@ -160,10 +146,48 @@ def _checked(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
     return mesh
 
 
-def _device_of(mesh: DeviceMesh) -> torch.device:
-    if mesh.device_type == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(mesh.device_type)
+def _built(
+    build: Callable[[], nn.Module],
+    precision: str,
+    device: torch.device,
+    seed: int,
+    on_meta: bool,
+) -> tuple[nn.Module, Initialize]:
+    """Return the whole model, and what gives values to the parts that are kept."""
+    torch.manual_seed(seed)
+    with torch.device("meta" if on_meta else device):
+        model = build()
+    model = model if on_meta else model.to(device)
+    model = model.double() if precision == "fp64" else model
+    return model, partial(materialize, seed=seed, device=device) if on_meta else _keep
+
+
+def _keep(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _cut_layers(
+    model: nn.Module,
+    layout: Layout,
+    mesh: DeviceMesh,
+    plan: Mapping[str, str] | None,
+    loss_fn: LossFunction | None,
+) -> Objective:
+    """Apply tensor parallelism; return a loss that knows whether classes are cut."""
+    if layout.tp == 1:
+        return Objective(loss_fn)
+    parallel_loss = plan is None and loss_fn is None
+    plan = plan or _known_plan(model, layout, parallel_loss)
+    apply_tensor_parallel(
+        model, mesh["tp"], plan, sequence_parallel=layout.sequence_parallel
+    )
+    return Objective(loss_fn, mesh["tp"] if parallel_loss else None)
+
+
+def _seed_rank(seed: int, mesh: DeviceMesh) -> None:
+    """Let dropout differ by rank, but not where ranks hold parts of one layer."""
+    place = mesh["pp"].get_local_rank() * mesh["dp"].size()
+    torch.manual_seed(seed + 1 + place + mesh["dp"].get_local_rank())
 
 
 def _known_plan(
@@ -186,7 +210,7 @@ def _divide(
     layout: Layout,
     mesh: DeviceMesh,
     objective: Objective,
-    initialize: Callable[[nn.Module], nn.Module],
+    initialize: Initialize,
 ) -> tuple[nn.Module, list[Any]]:
     """Cut into stages and replicate or shard; return also what reduces gradients."""
     prepare = lambda parts: _replicated(parts, layout, mesh["dp"], initialize)
@@ -225,7 +249,7 @@ def _replicated(
     parts: Sequence[nn.Module],
     layout: Layout,
     mesh: DeviceMesh,
-    initialize: Callable[[nn.Module], nn.Module],
+    initialize: Initialize,
 ) -> tuple[Any, list[Any]]:
     """Put the model, or the stages of this rank, into their engines over `dp`."""
     if layout.zero == 3:
@@ -242,10 +266,6 @@ def _replicated(
     return modules, [m for m in modules if isinstance(m, DataParallel)]
 
 
-def _keep(model: nn.Module) -> nn.Module:
-    return model
-
-
 def _holds(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
 
@@ -255,19 +275,16 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _optimizer(
-    model: nn.Module,
+    groups: list[dict[str, Any]],
     layout: Layout,
     mesh: DeviceMesh,
     cls: type[Optimizer],
-    groups: Groups | None,
-    weight_decay: float | None,
     **options: Any,
 ) -> Optimizer:
-    made = _groups(model, weight_decay) if groups is None else groups(model)
     if layout.zero not in (1, 2):
-        return _agreed(lambda: cls(made, **options))
+        return _agreed(lambda: cls(groups, **options))
     return _agreed(
-        lambda: ZeroOptimizer(made, cls, mesh["dp"], stage=layout.zero, **options)
+        lambda: ZeroOptimizer(groups, cls, mesh["dp"], stage=layout.zero, **options)
     )
 
 

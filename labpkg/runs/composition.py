@@ -11,7 +11,6 @@ Chapter: planning/device_mesh. Reference: Narayanan et al. 2021, arXiv:2104.0447
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,11 +26,11 @@ from labpkg.parallelism.clipping import clip_grad_norm
 from labpkg.parallelism.pipeline import Pipeline
 from labpkg.planning.layout import Layout
 from labpkg.processes.collectives import all_gather, all_reduce
-from labpkg.processes.messages import all_gather_object
 from labpkg.processes.pieces import owner_of
 from labpkg.runs.generation import generate_by_windows
 from labpkg.runs.loss_scale import LossScale
-from labpkg.runs.objective import IGNORED, Objective, num_counted
+from labpkg.runs.objective import IGNORED, Objective
+from labpkg.runs.samples import agree_on_samples, device_of
 
 _CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
@@ -55,14 +54,45 @@ class StepReport:
     skipped: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What `compose` makes for a `Composition`.
+
+    Attributes:
+        model: The model in its engines.
+        optimizer: Trains this rank's part.
+        objective: What is minimised.
+        reducers: The engines whose reduction of gradients can wait.
+        module: What generates text token by token, if it can be called at all.
+        windows: Of a GPT that takes whole windows only, otherwise None.
+        num_parameters: Of the whole model.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    objective: Objective
+    reducers: list[Any]
+    module: nn.Module | None
+    windows: GPTConfig | None
+    num_parameters: int
+
+
 class Composition:
     """A model on its mesh, with its optimizer; made by `compose`.
 
     Every method is called on every rank of the mesh. Ranks with the same place on the
     axis `dp` pass the same samples.
 
-    Attributes:
+    Args:
+        layout: How the job is divided.
         mesh: The mesh with the axes pp, dp, tp.
+        parts: What was made for them.
+        precision: One of `PRECISIONS`.
+        max_grad_norm: To which gradients are clipped.
+        seed: Of generated text.
+
+    Attributes:
+        mesh: The mesh.
         layout: How the job is divided.
         model: What `clip_grad_norm`, `full_state_dict` and checkpoints take.
         optimizer: Trains this rank's part.
@@ -77,28 +107,21 @@ class Composition:
         self,
         layout: Layout,
         mesh: DeviceMesh,
-        model: nn.Module,
-        optimizer: Optimizer,
+        parts: Parts,
         *,
-        module: nn.Module | None,
-        windows: GPTConfig | None,
-        objective: Objective,
-        reducers: list[Any],
-        num_parameters: int,
         precision: str,
         max_grad_norm: float,
-        device: torch.device,
         seed: int,
     ) -> None:
-        self.layout, self.mesh, self.model = layout, mesh, model
-        self.optimizer, self.num_parameters = optimizer, num_parameters
-        self.precision, self.max_grad_norm = precision, max_grad_norm
-        self.device, self.seed = device, seed
+        self.layout, self.mesh, self.model = layout, mesh, parts.model
+        self.optimizer, self.num_parameters = parts.optimizer, parts.num_parameters
+        self.precision, self.max_grad_norm, self.seed = precision, max_grad_norm, seed
+        self.device = device_of(mesh)
         self.loss_scale = LossScale() if precision == "fp16" else None
         self.skip_rules: list[Callable[[float, float], str | None]] = []
-        self._module, self._windows = module, windows  # one of them generates
-        self._objective, self._reducers = objective, reducers
-        self._pipe = model if isinstance(model, Pipeline) else None
+        self._module, self._windows = parts.module, parts.windows
+        self._objective, self._reducers = parts.objective, parts.reducers
+        self._pipe = self.model if isinstance(self.model, Pipeline) else None
         self._num_pieces = 1  # of a batch, in a call of the pipeline
         self._reduces_afterwards = False  # or else in the backward pass of the last one
         if self._pipe is not None:
@@ -243,30 +266,9 @@ class Composition:
     ) -> tuple[Tensor, Any, int]:
         """Check on all ranks; return the tensors as the model wants them, and a count.
 
-        The count is that of the global batch. All ranks of a place on `dp` must have
-        the same samples: the first of them tells the sum of what the others should say.
+        The count is that of the global batch.
         """
-        problem = self._problem(x, y, in_passes)
-        number = 0 if problem is not None else _fingerprint(x, y)
-        peers = self.layout.pp * self.layout.tp
-        is_first = not (
-            self.mesh["pp"].get_local_rank() or self.mesh["tp"].get_local_rank()
-        )
-        count = num_counted(y) if is_first and problem is None and y is not None else 0
-        known = number * (peers - 1 if is_first else -1)
-        numbers = [count, problem is not None, known]
-        count, num_problems, differences = all_reduce(
-            torch.tensor(numbers, device=self.device)
-        ).tolist()
-        if num_problems:
-            problems = all_gather_object(problem)
-            rank = next(r for r, text in enumerate(problems) if text is not None)
-            raise ValueError(f"rank {rank}: {problems[rank]}")
-        if differences:
-            raise ValueError(
-                "ranks of pp or tp were given other samples than their peers; the "
-                'samples of a rank follow from dp alone: batches(shard=mesh["dp"])'
-            )
+        count = agree_on_samples(x, y, self.mesh, self._problem(x, y, in_passes))
         return self._cast(x), None if y is None else self._cast(y), count
 
     def _problem(self, x: Tensor, y: Tensor | None, in_passes: bool) -> str | None:
@@ -372,16 +374,3 @@ class Composition:
             yield
         finally:
             self.model.train(before)
-
-
-def _fingerprint(*tensors: Tensor | None) -> int:
-    """Return a number that differs for tensors of other shapes or bytes."""
-    number = 0
-    for tensor in tensors:
-        if tensor is not None:
-            kind = f"{tuple(tensor.shape)} {tensor.dtype}"
-            data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            number = zlib.crc32(
-                data.numpy().tobytes(), zlib.crc32(kind.encode(), number)
-            )
-    return number
