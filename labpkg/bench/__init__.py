@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 NAMES = (
+    "checkpoint",
     "collectives",
+    "compose",
     "cross_entropy",
     "data_loading",
     "data_parallel",
@@ -42,7 +44,9 @@ _COLUMNS = (
     "value",
     "unit",
     "bus_gb_per_s",  # collectives only
-    "peak_bytes",  # zero only
+    "gb_per_s",  # checkpoint only
+    "peak_bytes",  # zero and compose
+    "predicted_bytes",  # compose only
 )
 
 

@@ -22,6 +22,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -163,7 +164,7 @@ def save_checkpoint(
     earlier = vars(model).get(_PENDING)
     if earlier is not None and not earlier.is_over:
         earlier.wait()
-    target, partial = target_of(folder, step)
+    target, hidden = target_of(folder, step)
     inventory, whole, owns_lock = _begin(
         folder, model, optimizer, state, {"step": step, "identity": identity}, keep
     )
@@ -175,9 +176,10 @@ def save_checkpoint(
         parts = staged(parts, [] if earlier is None else earlier.writing.parts)
     writing = Writing(
         target=target,
-        partial=partial,
+        partial=hidden,
         parts=parts,
-        manifest=_manifest(whole, step, identity),
+        manifest=partial(_manifest, whole, step, identity),
+        num_ranks=len(whole.told),
         keep=keep,
         owns_lock=owns_lock,
     )
@@ -243,22 +245,23 @@ def _check_options(about: Mapping[str, Any], keep: int | None) -> None:
 
 
 def _manifest(
-    whole: Whole, step: int, identity: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Return the manifest without the files."""
-    return {
-        "step": step,
-        "identity": dict(identity or {}),
-        "state": whole.told[0].state,
-        "world_size": len(whole.told),
-        "names": whole.names,
-        "tensors": {
-            n: [known.dtype, known.shape] for n, known in whole.tensors.items()
-        },
-        "extras": {n: v for told in whole.told for n, v in told.extras.items()},
-        "optimizer": whole.optimizer,
-        "random": [told.random for told in whole.told],
-    }
+    whole: Whole,
+    step: int,
+    identity: Mapping[str, Any] | None,
+    files: dict[str, Any],
+) -> Manifest:
+    return Manifest(
+        step=step,
+        identity=dict(identity or {}),
+        state=whole.told[0].state,
+        world_size=len(whole.told),
+        names=whole.names,
+        tensors={n: [known.dtype, known.shape] for n, known in whole.tensors.items()},
+        extras={n: v for told in whole.told for n, v in told.extras.items()},
+        optimizer=whole.optimizer,
+        random=[told.random for told in whole.told],
+        files=files,
+    )
 
 
 def load_checkpoint(

@@ -16,7 +16,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,8 @@ class Writing:
         target: The checkpoint.
         partial: Where it is until it is complete.
         parts: What this rank writes.
-        manifest: Without the files.
+        manifest: Makes the manifest, given the files; the first rank calls it.
+        num_ranks: Ranks that write.
         keep: How many checkpoints stay; None keeps all.
         owns_lock: Whether the folder was claimed for this save alone.
     """
@@ -58,7 +59,8 @@ class Writing:
     target: Path
     partial: Path
     parts: list[Part]
-    manifest: dict[str, Any]
+    manifest: Callable[[dict[str, Any]], Manifest]
+    num_ranks: int
     keep: int | None
     owns_lock: bool
 
@@ -90,9 +92,7 @@ class Writing:
             OSError: If something cannot be written or removed.
         """
         last_call = None
-        while missing := [
-            r for r in range(self.manifest["world_size"]) if not self._is_noted(r)
-        ]:
+        while missing := [r for r in range(self.num_ranks) if not self._is_noted(r)]:
             if must_end.is_set():
                 return
             if not may_wait.is_set() or not threading.main_thread().is_alive():
@@ -105,10 +105,10 @@ class Writing:
                     )
             time.sleep(_POLL_S)
         files: dict[str, Any] = {}
-        for rank in range(self.manifest["world_size"]):
+        for rank in range(self.num_ranks):
             files |= json.loads(self._note(rank).read_bytes())
             self._note(rank).unlink()
-        write_manifest(self.partial, Manifest(**self.manifest, files=files))
+        write_manifest(self.partial, self.manifest(files))
         put_in_place(self.partial, self.target)
         if self.keep is not None:
             retire(self.target, self.keep)

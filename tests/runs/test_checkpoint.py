@@ -157,7 +157,7 @@ def test_damage_is_found_in_every_file(tmp_path, name, damage):
 
 
 def test_every_bit_of_the_manifest_counts(tmp_path):
-    path, _, _ = _save(tmp_path)
+    path = lab.save_checkpoint(tmp_path, step=7, model=lab.MLP(2, 2))
     original = (path / "manifest.json").read_bytes()
     for position in range(0, len(original), 7):
         content = bytearray(original)
@@ -250,6 +250,71 @@ def test_a_kill_while_a_step_is_replaced_leaves_a_checkpoint_to_find(
     again = lab.GPT(_GPT)
     lab.load_checkpoint(tmp_path / "step_000007", model=again)
     assert _equal(fresh.parameters(), again.parameters())
+
+
+_CALLS = [
+    (os, name)
+    for name in ("open", "write", "fsync", "close", "mkdir", "rename", "replace")
+]
+
+
+class _Calls:
+    """Counts what is asked of the file system, and ends the process at one of them."""
+
+    def __init__(self, patch, last=None):
+        self.count, self.last = 0, last
+        for owner, name in _CALLS:
+            patch.setattr(owner, name, self.counted(getattr(owner, name)))
+
+    def counted(self, function):
+        def call(*args, **kwargs):
+            self.count += 1
+            if self.count == self.last:
+                raise _Killed
+            return function(*args, **kwargs)
+
+        return call
+
+
+def test_a_kill_at_any_moment_leaves_a_checkpoint_and_room_for_the_next(
+    tmp_path, monkeypatch
+):
+    """Before each call to the file system, of a save that also replaces and removes."""
+    models = [lab.MLP(2, 3) for _ in range(3)]
+
+    def save(folder, number, step=7, keep=None):
+        return lab.save_checkpoint(folder, step=step, model=models[number], keep=keep)
+
+    def saved(folder):
+        save(folder, 0, step=6)
+        save(folder, 1)
+        return folder
+
+    with monkeypatch.context() as patch:
+        folder, calls = saved(tmp_path / "all"), _Calls(patch)
+        save(folder, 2, keep=1)
+        assert os.listdir(folder) == ["step_000007"]
+    assert calls.count > 15
+    kept = []
+    for last in range(1, calls.count + 1):
+        folder = saved(tmp_path / str(last))
+        with monkeypatch.context() as patch:
+            _Calls(patch, last)
+            with pytest.raises(_Killed):
+                save(folder, 2, keep=1)
+        found, skipped = newest_checkpoint(folder)
+        assert found is not None
+        assert skipped == []
+        fresh = lab.MLP(2, 3)
+        lab.load_checkpoint(found, model=fresh)
+        kept += [
+            n for n in (1, 2) if _equal(fresh.parameters(), models[n].parameters())
+        ]
+        save(folder, 0, keep=1)
+        assert {p.name for p in folder.iterdir()} - {".lock"} == {"step_000007"}
+    assert len(kept) == calls.count
+    assert kept == sorted(kept)  # the older one up to some moment, then the new one
+    assert {*kept} == {1, 2}
 
 
 @pytest.mark.parametrize("n", [1, 2])

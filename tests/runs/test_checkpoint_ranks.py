@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -294,6 +295,11 @@ def refuse_saving(folder):
                 assert not pending.done
             else:
                 found.append(raised(OSError, save_checkpoint, folder, step=2, **good))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:  # the system itself refuses
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    found.append(raised(OSError, save_checkpoint, folder, step=2, **good))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     with patch.context() as context:  # only the rank that writes the manifest
         context.setattr(checkpoint_files, "write_json", full_disk)
         found.append(raised(OSError, save_checkpoint, folder, step=2, **good))
@@ -329,6 +335,7 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(
     (one, seen), (other, _) = world2.run(refuse_saving, tmp_path)
     assert one == other
     assert seen == ["step_000001"]
+    assert "step_000002: File too large; the older checkpoints" in one.pop(2)
     for line in one[:4]:
         assert line.startswith("OSError: cannot save ")
         assert "step_000002: No space left on device; the older checkpoints" in line
