@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -14,12 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import safetensors.torch
 import torch
 
 from labpkg import __main__ as command_line
 from labpkg.runs import preload
-from labpkg.runs.checkpoint import newest_checkpoint
+from labpkg.runs.checkpoint import export_state_dict, newest_checkpoint
 from labpkg.runs.config import TrainConfig
 from labpkg.runs.trainer import Trainer
 
@@ -103,9 +103,7 @@ def _run_whole(config):
 
 
 def _weights(folder, step):
-    return safetensors.torch.load_file(
-        f"{folder}/checkpoints/step_{step:06d}/model.safetensors"
-    )
+    return export_state_dict(f"{folder}/checkpoints/step_{step:06d}")
 
 
 @needs_tyro
@@ -211,15 +209,28 @@ def test_ctrl_c_ends_all_in_one_line_and_only_the_loopback_was_used(tmp_path, la
 
 
 @needs_tyro
-def test_sigterm_ends_the_ranks_too(tmp_path, labpkg):
-    process = labpkg(*_digits(tmp_path, 10**6, "--checkpoint-every", 100))
+def test_sigterm_saves_under_any_layout_and_resume_auto_goes_on(tmp_path, labpkg):
+    options = ("--pp", 2, "--zero", 1, "--resume", "auto", "--checkpoint-every", 500)
+    process = labpkg(*_digits(tmp_path, 10**6, *options))
     _wait_for_checkpoint(process, tmp_path)
     process.terminate()
-    code, _, error = _finish(process)
-    assert code == 128 + signal.SIGTERM
-    assert error.splitlines()[-1] == "labpkg train: ended by SIGTERM"
+    code, out, error = _finish(process)
+    assert code == 75, error
+    stopped = re.search(r"Stopped after (\d+) steps: SIGTERM announced the end", out)
+    assert stopped is not None, out
     assert "Traceback" not in error
     _wait_for(lambda: _group_is_empty(process))
+    newest, skipped = newest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    assert newest.name == f"step_{int(stopped[1]):06d}"
+    assert skipped == []
+    # The same command goes on; a second signal ends it at the next step.
+    process = labpkg(*_digits(tmp_path, 10**6, *options))
+    _wait_for(lambda: newest_checkpoint(tmp_path / "checkpoints")[0] != newest)
+    process.terminate()
+    code, out, error = _finish(process)
+    assert code == 75, error
+    assert f"Resumed from {newest}." in error
 
 
 @needs_tyro
@@ -244,12 +255,12 @@ def test_ctrl_c_while_everything_still_imports(tmp_path, labpkg):
 
 
 def _limit_file_size():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
 
 @needs_tyro
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, labpkg):
-    # The checkpoint of the MLP has 30 kB, its largest file more than 20 kB.
+    # Half of the optimizer state of the MLP has more than 10 kB.
     process = labpkg(*_digits(tmp_path, 20), preexec_fn=_limit_file_size)
     code, _, error = _finish(process)
     assert code == 2
@@ -389,6 +400,10 @@ def no_processes(monkeypatch):
         (["--data", "mnist"], "data='mnist' is neither digits nor stdlib nor a file"),
         (["--dp", "3", "--global-batch-size", "2"], "global_batch_size=2 leaves some"),
         (["--max-restarts", "-1"], "max_restarts=-1 is below 0; choose 0"),
+        (["--zero", "4"], "zero=4 is no stage of ZeRO; choose 0, 1, 2, 3"),
+        (["--pp", "2", "--dp", "3"], "global_batch_size=8 is not divisible by dp *"),
+        (["--schedule", "2f2b"], "schedule='2f2b' is unknown; choose gpipe, 1f1b"),
+        (["--tp", "2", "--device", "cuda"], "pp * dp * tp = "),
         (["--device", "cuda", "--dp", "8"], "dp=8 on device='cuda' needs 8 GPUs"),
         (["--data", "digits", "--resume"], "{out}/checkpoints has no checkpoint"),
         (
@@ -457,7 +472,9 @@ def test_every_option_is_documented(capsys):
     for option in (
         *("--dp", "--steps", "--global-batch-size", "--model", "--data", "--lr"),
         *("--precision", "--device", "--seed", "--out", "--checkpoint-every"),
-        *("--resume", "--max-restarts", "--json"),
+        *("--resume", "--max-restarts", "--json", "--pp", "--tp", "--zero"),
+        *("--schedule", "--num-micro-batches", "--sequence-parallel", "--grad-accum"),
+        *("--recompute", "--clip", "--keep", "--async-save"),
     ):
         assert option in text
     assert "Data-parallel ranks; None takes all GPUs" in text

@@ -201,7 +201,8 @@ class _Run:
 
     def stop(self, reason: str) -> None:
         """End before the next step."""
-        self.stopped = self.stopped or reason
+        if self.stopped is None:
+            self.stopped = reason
 
     def say(self, line: str) -> None:
         """Print a line on rank 0."""
@@ -232,7 +233,7 @@ class _Run:
             rate = self._train()
             self.save()
             self._finish_saving()
-            loss = None if self.stopped else self._evaluate()
+            loss = None if self.stopped is not None else self._evaluate()
             if loss is not None:
                 self.tracker.report(self.step, {"loss/validation": loss})
             self._call("on_end")
@@ -252,8 +253,9 @@ class _Run:
             start_step=self.step,
         )
         for x, y in data:
-            self._call("before_step")
-            if self.stopped:
+            if self.stopped is None:
+                self._call("before_step")
+            if self.stopped is not None:  # by now, or by the step before
                 break
             lr = warmup_cosine(self.step + 1, peak=config.lr or 0.0, steps=config.steps)
             report = self.composition.train_step(x, y, lr=lr)

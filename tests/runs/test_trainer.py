@@ -1,8 +1,11 @@
 """The laws of a run: ranks, kills and precision change nothing that they should not."""
 
+import json
 import os
 import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch.distributed as dist
 import labpkg as lab
 from labpkg.processes import collectives
 from labpkg.runs import checkpoint, checkpoint_files, checkpoint_folder, tasks
-from labpkg.runs.callbacks import Callback
+from labpkg.runs.checkpoint_lock import claim_folder
 from labpkg.runs.config import TrainConfig
 from labpkg.runs.start import set_aside
 from labpkg.runs.trainer import Trainer, check_config
@@ -102,6 +105,123 @@ def test_two_ranks_train_the_digits_like_one(tmp_path, world2):
     one = _run(_digits(tmp_path / "one", **options))
     two = world2.run(_run, _digits(tmp_path / "two", **options), timeout_s=_RUN_S)[0]
     assert _distance(two, one) < 1e-12
+
+
+_LAYOUTS = {
+    "dp2_tp2_zero2": {"dp": 2, "tp": 2, "zero": 2, "grad_accum": 2},
+    "pp2_dp2_zero1": {"pp": 2, "dp": 2, "zero": 1, "async_save": True},
+    "pp2_tp2_zb": {"pp": 2, "tp": 2, "schedule": "zb-h1", "recompute": True},
+    "dp4_zero3": {"dp": 4, "zero": 3, "recompute": True},
+}
+
+
+def _run_all(configs):
+    return [Trainer(config).run() for config in configs]
+
+
+def test_every_layout_ends_with_the_weights_of_one_rank(tmp_path, world4):
+    options = {"precision": "fp64", "checkpoint_every": 5}
+    one = _run(_digits(tmp_path / "one", **options))
+    configs = [
+        _digits(tmp_path / name, **options, **layout)
+        for name, layout in _LAYOUTS.items()
+    ]
+    # Each goes on from the middle of the run that stands before it.
+    resumed = [
+        replace(
+            config,
+            out=tmp_path / f"{name}_resumed",
+            resume=str(tmp_path / before / "checkpoints" / "step_000005"),
+        )
+        for config, name, before in zip(
+            configs, _LAYOUTS, [*list(_LAYOUTS)[-1:], *_LAYOUTS], strict=False
+        )
+    ]
+    results = world4.run(_run_all, configs + resumed, timeout_s=_RUN_S)
+    for result in results[0]:
+        assert _distance(result, one) < 1e-12, result.layout
+        assert result.validation_loss == pytest.approx(one.validation_loss, rel=1e-12)
+        assert (result.num_ranks, result.num_parameters) == (4, one.num_parameters)
+    assert [r.layout for r in results[0][:2]] == [
+        "dp2 tp2 zero2 accumulate 2",
+        "pp2 dp2 zero1 1f1b",
+    ]
+    assert all(r.resumed_from and r.history[0][0] == 6 for r in results[3][4:])
+
+
+def _short_samples(configs):
+    tasks._SAMPLE_TOKENS = 8
+    return _run_all(configs)
+
+
+def test_a_language_model_writes_the_same_under_every_layout(
+    tmp_path, world4, monkeypatch
+):
+    monkeypatch.setattr(tasks, "_SAMPLE_TOKENS", 8)
+    options = {"precision": "fp64", "steps": 1, "global_batch_size": 4}
+    layouts = [
+        {"pp": 2, "tp": 2, "num_micro_batches": 2},
+        {"dp": 2, "tp": 2, "zero": 1, "sequence_parallel": True},
+    ]
+    configs = [
+        _text(tmp_path, tmp_path / str(number), **options, **layout)
+        for number, layout in enumerate(layouts)
+    ]
+    results = world4.run(_short_samples, configs, timeout_s=_RUN_S)
+    one = _run(_text(tmp_path, tmp_path / "one", **options))
+    assert len(one.sample) >= 8
+    for on_rank in results:
+        for result in on_rank:
+            assert result.sample == one.sample
+            assert result.validation_loss == pytest.approx(
+                one.validation_loss, rel=1e-12
+            )
+
+
+def test_a_resumed_run_in_fp16_keeps_its_loss_scale(tmp_path):
+    config = _digits(tmp_path, precision="fp16", checkpoint_every=5)
+    expected = _weights(_run(config))
+    manifest = lab.verify_checkpoint(tmp_path / "checkpoints" / "step_000005")
+    assert manifest.state["loss_scale"]["num_good_steps"] <= 5
+    shutil.rmtree(tmp_path / "checkpoints" / "step_000012")
+    again = _weights(_run(replace(config, resume="auto")))
+    assert all(torch.equal(again[k], expected[k]) for k in expected)
+
+
+def test_all_ranks_hear_of_a_refusal_of_the_first(tmp_path, world2):
+    config = _digits(tmp_path, resume="newest")
+    answers = world2.run(_refused, config, timeout_s=_RUN_S)
+    assert answers[0] == answers[1]
+    assert "has no checkpoint to resume from" in answers[0]
+
+
+def _refused(config):
+    try:
+        Trainer(config).run()
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_folder_belongs_to_one_job_at_a_time(tmp_path):
+    config = _digits(tmp_path)
+    _run(config)
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        with claim_folder(tmp_path / "checkpoints"):
+            lock = json.loads((tmp_path / "checkpoints" / ".lock").read_text())
+        started = Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2]
+        lock |= {"pid": sleeper.pid, "started": started.split()[19]}
+        (tmp_path / "checkpoints" / ".lock").write_text(json.dumps(lock))
+        for start in (_run, check_config):
+            with pytest.raises(
+                ValueError, match=f"is written to by process {sleeper.pid}"
+            ):
+                start(config)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert not (tmp_path / "previous").exists()
+    _run(config)  # and the lock of a dead process is none
 
 
 def test_a_resumed_run_equals_an_undisturbed_one_bit_by_bit(tmp_path, world2):
