@@ -7,8 +7,7 @@ them and run the same forward. `GPT.forward` is the composition of `pipeline_uni
 Letters: B batch, T sequence, D width, F feed-forward, N heads, H = D / N, V, L.
 Chapters: foundations/training_loop, foundations/transformer.
 References: Vaswani et al. 2017, arXiv:1706.03762; Radford et al. 2019, Language models
-are unsupervised multitask learners (GPT-2); Press and Wolf 2017, arXiv:1608.05859 (tied
-embeddings).
+are unsupervised multitask learners; Press and Wolf 2017, arXiv:1608.05859 (tied).
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ class MLP(nn.Sequential):
     Args:
         *widths: input width, hidden widths, output width.
 
-    Shape:
-        x (..., widths[0]) -> (..., widths[-1])
+    Shape: x (..., widths[0]) -> (..., widths[-1])
 
     Raises:
         ValueError: for fewer than two widths or one below 1.
@@ -103,19 +101,15 @@ class GPT(nn.Module):
     """A decoder-only Transformer: pre-norm, learned positions, no biases.
 
     Weights start as in GPT-2, normal, with the two matrices of a block that write to
-    the residual stream divided by sqrt(2 L), so that its variance does not grow with
-    depth. The standard deviation is 1 / sqrt(3 D), which is GPT-2's 0.02 at its width
-    of 768 and keeps small models from starting too flat to learn. The model has exactly
-    `config.shape.num_parameters` parameters.
+    the residual stream divided by sqrt(2 L): its variance does not grow with depth. The
+    standard deviation is 1 / sqrt(3 D): 0.02 at GPT-2's width, more in a small model.
 
     Args:
         config: sizes.
 
-    Shape:
-        tokens (B, T) -> logits (B, T, V)
+    Shape: tokens (B, T) -> logits (B, T, V)
 
-    Reference:
-        Radford et al. 2019, Language models are unsupervised multitask learners.
+    Reference: Radford et al. 2019 (GPT-2).
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -138,11 +132,11 @@ class GPT(nn.Module):
             tensor: all of it, filled in place.
 
         Returns:
-            Whether it was; a norm begins as its layer says.
+            Whether it is filled; a norm begins as its layer says.
         """
-        std, num_layers = (3 * self.config.width) ** -0.5, self.config.num_layers
+        std = (3 * self.config.width) ** -0.5
         if name.endswith(("out.weight", "down.weight")):
-            std *= (2 * num_layers) ** -0.5
+            std *= (2 * self.config.num_layers) ** -0.5
         if tensor.dim() > 1:
             nn.init.normal_(tensor, std=std)
         return tensor.dim() > 1
@@ -281,8 +275,7 @@ class Embedding(nn.Module):
     Args:
         shape: sizes.
 
-    Shape:
-        tokens (B, T) -> (B, T, D)
+    Shape: tokens (B, T) -> (B, T, D)
 
     Raises:
         ValueError: in forward, for tokens that are not (B, T) or too long.
@@ -313,8 +306,7 @@ class Block(nn.Module):
     Args:
         shape: sizes.
 
-    Shape:
-        x (B, T, D) -> (B, T, D)
+    Shape: x (B, T, D) -> (B, T, D)
     """
 
     def __init__(self, shape: ModelShape) -> None:
@@ -341,12 +333,10 @@ class Attention(nn.Module):
     Args:
         shape: sizes.
 
-    Shape:
-        x (B, T, D) -> (B, T, D)
+    Shape: x (B, T, D) -> (B, T, D)
 
-    Reference:
-        Vaswani et al. 2017, arXiv:1706.03762; the slicing by heads: Shoeybi et al.
-        2019, Megatron-LM, arXiv:1909.08053.
+    Reference: Vaswani et al. 2017, arXiv:1706.03762; the slicing by heads: Shoeybi et
+        al. 2019, Megatron-LM, arXiv:1909.08053.
     """
 
     def __init__(self, shape: ModelShape) -> None:
@@ -378,8 +368,7 @@ class FeedForward(nn.Module):
     Args:
         shape: sizes.
 
-    Shape:
-        x (B, T, D) -> (B, T, D)
+    Shape: x (B, T, D) -> (B, T, D)
     """
 
     def __init__(self, shape: ModelShape) -> None:
@@ -398,8 +387,7 @@ class Head(nn.Module):
     Args:
         shape: sizes.
 
-    Shape:
-        x (B, T, D) -> logits (B, T, V)
+    Shape: x (B, T, D) -> logits (B, T, V)
     """
 
     def __init__(self, shape: ModelShape) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from labpkg.foundations.models import GPTConfig
 from labpkg.processes.collectives import broadcast
-from labpkg.processes.cuts import cut_of
+from labpkg.processes.cuts import Cut, cut_of
 from labpkg.processes.flat import shard_of
 from labpkg.processes.messages import all_gather_object
 from labpkg.processes.parallel_layers import (
@@ -106,14 +106,14 @@ def apply_tensor_parallel(
         whole                any: it sees all positions; nothing happens
 
     All ranks take parameters, buffers and torch's random state from rank 0 of the axis;
-    one on "meta" has no values, see `materialize`. Inputs and output are the same on
+    on "meta" there is no value, see `materialize`. Inputs and output are the same on
     all ranks. Parameters stay the same objects, tied or not, and `cut_of` says how each
     is cut; gradients are dropped. Only a layer itself may use its weights.
 
     Args:
         model: The same on every rank but for values; it reshapes to -1 heads.
         mesh: The tensor-parallel axis, such as `mesh["tp"]`.
-        plan: What becomes of which module.
+        plan: What becomes of which module; a stage takes that of the whole model.
         sequence_parallel: Cut activations along T between the layers.
 
     Returns:
@@ -303,7 +303,9 @@ def _check_parameters(model: nn.Module, layouts: list[tuple[Match, Layout]]) -> 
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(prefix, recurse=False):
             cut = cuts.get(module, {}).get(key.rpartition(".")[2])
-            way = None if cut is None else (cut.dim, cut.blocks)
+            way, known = _way(cut), _way(cut_of(parameter))
+            if known is not None and not isinstance(module, ParallelLayer):
+                seen.setdefault(parameter, ("what another stage shares", known))
             name, first = seen.setdefault(parameter, (key, way))
             if first != way:
                 raise ValueError(
@@ -313,6 +315,10 @@ def _check_parameters(model: nn.Module, layouts: list[tuple[Match, Layout]]) -> 
                 )
             if cut is not None:
                 _require_free(key, parameter)
+
+
+def _way(cut: Cut | None) -> tuple[int, tuple[int, ...]] | None:
+    return None if cut is None else (cut.dim, cut.blocks)
 
 
 def _require_free(name: str, parameter: nn.Parameter) -> None:

@@ -368,7 +368,8 @@ def cut_layout(
         **options: Further attributes of the layout.
     """
     cuts = {
-        name: Cut(mesh, dim, parameter.shape, blocks)
+        # Another stage, with which the layer shares it, may have cut it.
+        name: Cut(mesh, dim, (cut_of(parameter) or parameter).shape, blocks)
         for name, parameter in layer.named_parameters(recurse=False)
         if parameter.ndim > dim
     }

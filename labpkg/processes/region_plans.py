@@ -80,7 +80,8 @@ def match_plan(model: nn.Module, plan: Mapping[str, str]) -> list[Match]:
                     f"{plan[first.pattern]!r} and by {pattern!r} as {value!r}; make "
                     "one pattern narrower"
                 )
-        if not is_used:
+        elsewhere = getattr(model, "module_names", ())  # in other stages
+        if not is_used and not any(fnmatchcase(name, pattern) for name in elsewhere):
             near = get_close_matches(pattern, names, n=3, cutoff=0.4)
             hint = f"; the nearest names are {', '.join(near)}" if near else ""
             raise ValueError(

@@ -63,6 +63,7 @@ class Stage(nn.Module):
     Attributes:
         numbers: Where each parameter stands in `model.parameters()`, by its name.
         part: Number of the first unit, of the one after the last, and of all.
+        module_names: Of the whole model, for plans that name more than this stage.
         origin: Where values come from, of a model that has none yet; else None.
 
     Shape:
@@ -82,6 +83,8 @@ class Stage(nn.Module):
         order = {id(p): i for i, p in enumerate(model.parameters())}
         named = self.named_parameters(remove_duplicate=False)
         self.numbers = {name: order[id(p)] for name, p in named}
+        names = model.named_modules(remove_duplicate=False)
+        self.module_names = frozenset(name for name, _ in names)
         is_empty = any(tensor.is_meta for _, tensor in tensors_of(self))
         self.origin = Origin.of(model, self) if is_empty else None
         self.training = model.training

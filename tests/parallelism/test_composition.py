@@ -110,12 +110,15 @@ def with_pipeline(engine, schedule, tied):
     other = "tp" if engine.startswith("tensor") else "dp"
     mesh = lab.make_mesh(pp=2, **{other: 2})
     axis, rank = mesh[other], mesh["pp"].get_local_rank()
-    if other == "tp":
-        options = {"sequence_parallel": engine == "tensor sequence"}
-        plan = gpt_tensor_parallel_plan(CONFIG, **options)
+    options = {"sequence_parallel": "sequence" in engine}
+    plan = gpt_tensor_parallel_plan(CONFIG, **options)
+    is_after = engine.endswith("after")
+    if other == "tp" and not is_after:
         model = apply_tensor_parallel(model, axis, plan, **options)
     stages = split_stages(model, schedule.num_stages)
     own = [stages[i] for i in schedule.stages_of(rank)]
+    if is_after:
+        own = [apply_tensor_parallel(part, axis, plan, **options) for part in own]
     if engine == "DataParallel":
         own = [lab.DataParallel(part, axis, bucket_bytes=2**10) for part in own]
     if engine == "fully_shard":
@@ -197,6 +200,7 @@ def test_data_and_tensor_parallel(world4, references, engine, sequence_parallel)
         ("tensor", "zb-v", True),
         ("tensor sequence", "interleaved", True),
         ("tensor sequence", "zb-h1", True),
+        ("tensor sequence after", "zb-v", True),  # two stages share a weight to cut
     ],
 )
 def test_pipeline_and_another(world4, references, engine, schedule, tied):

@@ -751,6 +751,29 @@ BAD_SEQUENCE = {
 }
 
 
+def apart():
+    """Plans for the stages of one rank, which share the matrix of tokens."""
+    mesh = lab.make_mesh(tp=2)["tp"]
+    first, last = lab.split_stages(lab.GPT(CONFIG), 2)
+    apply_tensor_parallel(first, mesh, {"embedding.tokens": "vocab"})
+    tied = "what another stage shares and head.output.weight are one parameter"
+    for plan, message in (
+        ({"head.norm": "partial"}, tied),
+        ({"head.output": "row"}, tied),
+        ({"head.outputs": "column"}, "no module of the model matches 'head.outputs'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            apply_tensor_parallel(last, mesh, plan)
+    plan = {"embedding.tokens": "vocab", "head.output": "column"}  # of both stages
+    apply_tensor_parallel(last, mesh, plan)
+    cut = cut_of(first.get_parameter("embedding.tokens.weight"))
+    return None if cut is None else tuple(cut.shape)
+
+
+def test_stages_agree_on_the_cut_of_what_they_share(world2):
+    assert world2.run(apart) == [(V, D)] * 2
+
+
 def test_bad_plans_raise_on_every_rank_and_change_nothing(world2):
     config = lab.GPTConfig(
         num_layers=1, width=15, num_heads=3, sequence_length=9, vocab_size=V
