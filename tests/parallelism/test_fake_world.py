@@ -47,6 +47,7 @@ def as_rank_0(play, axes, config, *args):
     """Start the fake world and play on the last of the axes with a GPT."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    torch.set_num_threads(1)  # beside other workers
     torch.distributed.init_process_group(
         "fake", rank=0, world_size=N, store=FakeStore()
     )

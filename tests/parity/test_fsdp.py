@@ -63,13 +63,40 @@ def train(engine, dtype, reshard=True, param_dtype=None, reduce_dtype=None):
     return losses, state
 
 
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-4}
+REDUCED = (None, torch.float32)
+ENGINES = ("labpkg", "fsdp2")
+
+
+def train_all():
+    """Train everything in one job; return the runs of both engines."""
+    whole = {
+        (dtype, reshard): [train(engine, dtype, reshard) for engine in ENGINES]
+        for dtype in TOLERANCES
+        for reshard in (True, False)
+    }
+    for reduce_dtype in REDUCED:
+        options = {"param_dtype": torch.bfloat16, "reduce_dtype": reduce_dtype}
+        whole["mixed", reduce_dtype] = [
+            train(engine, torch.float32, **options) for engine in ENGINES
+        ]
+    return whole
+
+
+@pytest.fixture(scope="module")
+def trained(world2):
+    """Return, by case, what both ranks have seen of labpkg, and of FSDP2."""
+    ranks = world2.run(train_all)
+    return {
+        case: list(zip(*(found[case] for found in ranks), strict=True))
+        for case in ranks[0]
+    }
+
+
 @pytest.mark.parametrize("reshard", [True, False])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)]
-)
-def test_parameters_equal_those_of_fsdp2(world2, dtype, tolerance, reshard):
-    ours = world2.run(train, "labpkg", dtype, reshard)
-    theirs = world2.run(train, "fsdp2", dtype, reshard)
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES.items())
+def test_parameters_equal_those_of_fsdp2(trained, dtype, tolerance, reshard):
+    ours, theirs = trained[dtype, reshard]
     for (losses, mine), (want, others) in zip(ours, theirs, strict=True):
         assert losses == pytest.approx(want, rel=tolerance)
         assert mine.keys() == others.keys()
@@ -77,21 +104,21 @@ def test_parameters_equal_those_of_fsdp2(world2, dtype, tolerance, reshard):
             assert (mine[name] - other).norm() <= tolerance * other.norm(), name
 
 
-@pytest.mark.parametrize("reduce_dtype", [None, torch.float32])
-def test_mixed_precision_follows_fsdp2(world2, reduce_dtype):
+@pytest.mark.parametrize("reduce_dtype", REDUCED)
+def test_mixed_precision_follows_fsdp2(trained, reduce_dtype):
     """Two terms have one order, halves are exact: even bf16 must agree bit by bit."""
-    options = {"param_dtype": torch.bfloat16, "reduce_dtype": reduce_dtype}
-    ours, theirs = (
-        world2.run(train, engine, torch.float32, **options)
-        for engine in ("labpkg", "fsdp2")
-    )
+    ours, theirs = trained["mixed", reduce_dtype]
     for (losses, mine), (want, others) in zip(ours, theirs, strict=True):
         assert losses == want
         for name, other in others.items():
             assert torch.equal(mine[name], other), name
 
 
-def peaks(reshard):
+def peaks():
+    return {reshard: peaks_with(reshard) for reshard in (True, False)}
+
+
+def peaks_with(reshard):
     config = lab.GPTConfig(
         num_layers=4, width=128, num_heads=2, sequence_length=16, tied=False
     )
@@ -112,7 +139,7 @@ def peaks(reshard):
     return found
 
 
-@pytest.mark.parametrize("reshard", [True, False])
-def test_peak_is_not_above_that_of_fsdp2(world2, reshard):
-    for found in world2.run(peaks, reshard):
-        assert found["shared memory"] < found["messages"] <= found["fsdp2"]
+def test_peak_is_not_above_that_of_fsdp2(world2):
+    for ranks in world2.run(peaks):
+        for found in ranks.values():
+            assert found["shared memory"] < found["messages"] <= found["fsdp2"]

@@ -21,12 +21,17 @@ def make(frames=(1, 2, 3), **options):
     return plot.player(draw, frames, **options)
 
 
+@pytest.fixture(scope="module")
+def player():
+    return make()  # a picture takes 0.1 s
+
+
 def pictures(page):
     return json.loads(re.search(r"frames = (\[.*?\]), labels", page).group(1))
 
 
-def test_the_page_holds_every_frame_and_fetches_nothing():
-    page = make()._repr_html_()
+def test_the_page_holds_every_frame_and_fetches_nothing(player):
+    page = player._repr_html_()
     found = pictures(page)
     assert len(set(found)) == 3
     for uri in found:
@@ -35,9 +40,9 @@ def test_the_page_holds_every_frame_and_fetches_nothing():
     assert not re.search(r"https?://|src=\"//", page)
 
 
-def test_the_same_frames_give_the_same_page():
-    assert make().page == make().page
-    assert make().page != make((1, 2, 2.5)).page
+def test_the_same_frames_give_the_same_page(player):
+    assert make().page == player.page
+    assert player.page != make((1, 2, 2.5)).page
 
 
 def test_texts_are_escaped():
