@@ -49,8 +49,8 @@ class Layout:
         recompute: Keep no activations inside a block; compute them again for backward.
 
     Raises:
-        ValueError: If a size is below 1, a name is unknown, an option needs an engine
-            that is not there, or the schedule cannot be had with these numbers.
+        ValueError: If a size is below 1, a name is unknown, or an option needs an
+            engine that is not there.
     """
 
     pp: int = 1
@@ -91,8 +91,6 @@ class Layout:
                 "sequence_parallel=True divides what lies between the layers that tp "
                 "cuts, but tp=1 cuts none; choose tp=2 or more, or leave it out"
             )
-        if self.is_pipeline:
-            self.make_schedule()  # refuses what it cannot be made of
 
     @property
     def world_size(self) -> int:

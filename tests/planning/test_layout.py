@@ -34,6 +34,7 @@ def test_a_pipeline_has_defaults():
         ({"schedule": "1b1f"}, "choose gpipe, 1f1b"),
         ({"pp": 2, "num_micro_batches": 0}, "num_micro_batches=0"),
         ({"num_micro_batches": 3}, "choose grad_accum_steps=3 instead"),
+        ({"dp": 2, "sequence_parallel": True}, "tp=1 cuts none; choose tp=2"),
     ],
 )
 def test_what_no_job_could_be_is_refused(wrong, says):

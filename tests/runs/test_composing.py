@@ -156,6 +156,34 @@ def test_whole_logits_and_text_on_every_rank(ranks, references, layout):
         assert got["training"]
 
 
+def started(layouts):
+    """Return the first values under each layout, and how many lie on this rank."""
+    found = []
+    for layout in layouts:
+        trained = compose(gpt, layout, on_meta=True)
+        num_own = sum(p.numel() for p in trained.model.parameters())
+        found.append((lab.full_state_dict(trained.model), num_own))
+    return found
+
+
+def test_all_layouts_start_alike_from_meta(world4):
+    layouts = [
+        Layout(tp=4),
+        Layout(dp=2, tp=2, zero=3),
+        Layout(pp=2, dp=2, zero=2, schedule="zb-v"),
+        Layout(pp=4),
+    ]
+    with lab.World(1, device="cpu") as world:
+        ((want, whole),) = world.run(started, [Layout(zero=1)])[0]
+    assert whole == CONFIG.shape.num_parameters
+    for rank in world4.run(started, layouts):
+        for layout, (state, num_own) in zip(layouts, rank, strict=True):
+            assert state.keys() == want.keys(), layout
+            for name, value in want.items():
+                assert torch.equal(state[name], value), (layout, name)
+            assert num_own < 0.7 * whole, layout
+
+
 def reduced_bytes():
     """Return what a step sends over dp with one pass and with two, by engine."""
     found = {}
