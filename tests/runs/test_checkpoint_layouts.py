@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import labpkg as lab
+from labpkg.bench.memory import LiveBytes
 from labpkg.parallelism.data_parallel import DataParallel
 from labpkg.parallelism.fsdp import fully_shard
 from labpkg.parallelism.pipeline import Pipeline
@@ -46,13 +47,18 @@ def batch(step):
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def build(layout, seed):
+WIDE = lab.GPTConfig(
+    num_layers=4, width=64, num_heads=4, vocab_size=64, sequence_length=4
+)
+
+
+def build(layout, seed, config=CONFIG):
     """Return a model in its engines, and its optimizer, in two groups."""
     mesh = lab.make_mesh(pp=layout.pp, dp=layout.dp, tp=layout.tp)
     torch.manual_seed(seed)
-    model: nn.Module = lab.GPT(CONFIG).double()
+    model: nn.Module = lab.GPT(config).double()
     if layout.tp > 1:
-        apply_tensor_parallel(model, mesh["tp"], gpt_tensor_parallel_plan(CONFIG))
+        apply_tensor_parallel(model, mesh["tp"], gpt_tensor_parallel_plan(config))
     if layout.is_pipeline:
         schedule = layout.make_schedule()
         stages = split_stages(model, schedule.num_stages)
@@ -96,15 +102,21 @@ def save_all(folder):
     return found
 
 
-def load_all(folder):
-    """Load each checkpoint under each layout; return what was loaded."""
-    found = {}
-    for name, layout in LAYOUTS.items():
-        model, optimizer = build(layout, seed=99)
-        for saved in LAYOUTS:
-            path = folder / saved / "step_000001"
+def load_all(folder, distances):
+    """Load checkpoints under each layout; return what was loaded.
+
+    Args:
+        folder: Where they are.
+        distances: How far apart in the list of layouts those of a pair are.
+    """
+    found, names = {}, [*LAYOUTS]
+    for number, name in enumerate(names):
+        model, optimizer = build(LAYOUTS[name], seed=99)
+        for distance in distances:
+            source = names[(number + distance) % len(names)]
+            path = folder / source / "step_000001"
             load_checkpoint(path, model=model, optimizer=optimizer)
-            found[saved, name] = states(model, optimizer)
+            found[source, name] = states(model, optimizer)
         learn(model, optimizer, step=0)  # what was loaded can be trained
     return found
 
@@ -117,13 +129,63 @@ def assert_same(found, expected):
 @pytest.fixture(scope="module")
 def checkpoints(world4, tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
-    return folder, world4.run(save_all, folder)
+    return folder, world4.run(save_all, folder, timeout_s=300)
 
 
-def test_all_ordered_pairs_of_eight_layouts(checkpoints, world4):
+@pytest.mark.parametrize(
+    "distances", [(1, 3), pytest.param(range(8), marks=pytest.mark.soak)], ids=len
+)
+def test_ordered_pairs_of_eight_layouts(checkpoints, world4, distances):
+    """A quarter of the pairs, each layout on both sides, or all 64."""
     folder, saved = checkpoints
-    loaded = world4.run(load_all, folder)
-    assert len(loaded[0]) == 64
+    loaded = world4.run(load_all, folder, distances, timeout_s=300)
+    assert len(loaded[0]) == 8 * len(distances)
     for rank in range(4):
         for (source, _), found in loaded[rank].items():
             assert_same(found, saved[0][source])
+
+
+class _OwnBytes(LiveBytes):
+    """Does not count what is mapped from files: the system reads what is touched."""
+
+    def _see(self, storage):
+        if storage.filename is None:
+            super()._see(storage)
+
+
+def memory(path, folder):
+    """Return the bytes that loading and saving add at most, and those of the whole."""
+    found = {}
+    for name in ("tp4", "pp4", "dp4-zero3"):
+        model, optimizer = build(LAYOUTS[name], seed=1, config=WIDE)
+        with _OwnBytes() as live:
+            load_checkpoint(path, model=model, optimizer=optimizer)
+            loading, before = live.peak, live.now
+            live.peak = before
+            pending = save_checkpoint(
+                folder / name,
+                step=1,
+                model=model,
+                optimizer=optimizer,
+                asynchronous=True,
+            )
+            pending.wait()
+            found[name] = loading, live.peak - before
+    return found
+
+
+def test_no_rank_holds_the_whole_to_load_or_to_save(world4, tmp_path):
+    """One process has saved it, so each piece in the files is a whole tensor."""
+    torch.manual_seed(0)
+    model = lab.GPT(WIDE).double()
+    optimizer = lab.AdamW(param_groups(model, weight_decay=0.1), lr=0.05)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    path = save_checkpoint(tmp_path, step=1, model=model, optimizer=optimizer)
+    whole = 3 * sum(p.nbytes for p in model.parameters())
+    for found in world4.run(memory, path, tmp_path):
+        for name, (loading, saving) in found.items():
+            assert loading < 0.5 * whole, name
+            assert saving < 0.5 * whole, name
+            assert saving > 0.1 * whole, name  # copies of what this rank writes
