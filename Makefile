@@ -21,7 +21,7 @@ WORKFLOW_TESTS := tests/test_lab.py
 
 .NOTPARALLEL:
 .PHONY: help lab train test lint unit notebooks-test book-test lab-test soak book execute \
-	figures laws screenshots notebook serve test-gpu clean
+	figures laws parity screenshots notebook serve test-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 16
@@ -65,6 +65,10 @@ laws: $(READY)  ## hold every engine to its laws, write what they measure into t
 	@$(STEP) "Measure the laws of every engine" $(BIN)/python -m pytest -q \
 	  --laws book/data/laws.json tests/parallelism/test_laws.py
 	@$(STEP) -q "Write the page of the laws" $(BIN)/python scripts/laws.py
+
+parity: $(READY)  ## train every layout with every feature, write the deviations into the book
+	@$(STEP) "Train the parity matrix (some 20 minutes on two cores)" \
+	  $(BIN)/python -m scripts.parity
 
 screenshots: book  ## photograph every page into _build/screenshots (needs Chromium)
 	@$(STEP) "Take screenshots" $(BIN)/python scripts/browser.py _build/html _build/screenshots

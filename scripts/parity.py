@@ -41,10 +41,11 @@ HEAD = """\
 
 `lab.compose` puts engines together, and no layout may change what a model learns. The
 parity matrix trains a small GPT under all {num_layouts} products of the engines on 4
-and on 8 ranks, each with {num_sets} sets of features, which is {num_settings} runs.
-Next to each, one process trains the same model on whole batches, by a loop that knows
-no engine and takes its loss, optimizer and clipping from torch. This page is generated
-from such a run: on the CPU, with torch {torch}.
+and on 8 ranks. Those on 4 train with each feature alone and with many together, those
+on 8 with many together, which is {num_settings} runs. Next to each, one process trains
+the same model on whole batches, by a loop that knows no engine and takes its loss,
+optimizer and clipping from torch. This page is generated from such a run: on the CPU,
+with torch {torch}.
 
 Compared are {quantities}. Each number is the largest deviation, relative: $\\lVert x -
 y \\rVert / \\lVert y \\rVert$ of a tensor $x$ and the same tensor $y$ of the one
@@ -128,7 +129,6 @@ def page(stored: dict[str, Any]) -> str:
     trained = [row for row in rows if row["refusal"] is None]
     head = HEAD.format(
         num_layouts=len({(row["ranks"], row["layout"]) for row in rows}),
-        num_sets=len({row["set"] for row in rows}),
         num_settings=len(rows),
         torch=stored["torch"],
         tolerance=stored["tolerance"],
@@ -199,13 +199,9 @@ def _refusals(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["## What cannot be", "", fill(text, 88), ""]
     lines += [_row("Setting", "Settings", "Message"), "|:--|--:|:--|"]
     refused = [row for row in rows if row["refusal"] is not None]
-    kinds: dict[tuple, list[dict[str, Any]]] = {}
+    kinds: dict[str, list[dict[str, Any]]] = {}
     for row in refused:
-        is_pipeline = any(name.startswith("pipeline") for name in row["engines"])
-        kind = row["set"], "zero 3" in row["engines"], is_pipeline
-        if row["set"] == "uneven samples":
-            kind = row["set"], False, is_pipeline
-        kinds.setdefault(kind, []).append(row)
+        kinds.setdefault(row["set"], []).append(row)
     for group in kinds.values():
         first = group[0]
         setting = f"{first['layout']}: {first['set']}"

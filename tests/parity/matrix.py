@@ -52,6 +52,7 @@ SETS: Mapping[str, frozenset[str]] = {
     "all": ALL,
     "all, dropout": ALL | {"dropout"},
     "all, bf16": ALL | {"bf16"},
+    "all, untied": (ALL | {"dropout"}) - {"tied"},
 }
 _OF_MANY = ("all", "all, dropout", "all, bf16")
 
@@ -160,16 +161,19 @@ def whole(world_size: int, sets: Iterable[str] | None = None) -> list[Setting]:
 
     Args:
         world_size: Ranks.
-        sets: Names in `SETS`; None is all of them, on more than 4 ranks those of many
-            features.
+        sets: Names in `SETS`; None is all that tell something, on more than 4 ranks
+            those of many features.
     """
-    if sets is None:
-        sets = SETS if world_size <= 4 else ("none", "uneven samples", *_OF_MANY)
-    return [
-        Setting(base=layout, features=SETS[name])
-        for layout in layouts(world_size)
-        for name in sets
-    ]
+    found = []
+    for layout in layouts(world_size):
+        names = sets or (SETS if world_size <= 4 else ("uneven samples", *_OF_MANY))
+        if sets is None:
+            names = [name for name in names if name != "all, untied"]
+            if layout.is_pipeline and layout.zero == 3:  # no weights may be tied
+                names = [name for name in names if name not in _OF_MANY]
+                names.append("all, untied")
+        found += [Setting(base=layout, features=SETS[name]) for name in names]
+    return found
 
 
 def pairs(setting: Setting) -> set[tuple[str, str]]:

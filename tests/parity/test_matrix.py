@@ -15,6 +15,10 @@ from tests.parity.matrix import FEATURES, SETS, Setting
 from tests.parity.matrix_results import Result, measure
 
 OF_FOUR = matrix.covering()
+UNTIED = Setting(  # stages that are sliced share no weight
+    base=Layout(pp=2, dp=2, zero=3, schedule="zb-v", num_micro_batches=4),
+    features=SETS["all, untied"],
+)
 ON_META = {"pp": 2, "dp": 2, "tp": 2, "num_micro_batches": 4, "zero": 2}
 OF_EIGHT = [
     Setting(
@@ -31,13 +35,13 @@ REFUSED = [
 
 @pytest.fixture(scope="module")
 def results(world4):
-    found = measure(world4, [*OF_FOUR, *REFUSED])
+    found = measure(world4, [*OF_FOUR, UNTIED, *REFUSED])
     with lab.World(8, device="cpu") as world8:
         found += measure(world8, OF_EIGHT)
     return {result.setting: result for result in found}
 
 
-@pytest.mark.parametrize("setting", [*OF_FOUR, *OF_EIGHT], ids=str)
+@pytest.mark.parametrize("setting", [*OF_FOUR, UNTIED, *OF_EIGHT], ids=str)
 def test_a_layout_trains_as_one_process(results, setting):
     assert results[setting].refusal is None
     assert results[setting].problem is None
