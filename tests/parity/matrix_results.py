@@ -64,7 +64,7 @@ def measure(world: lab.World, settings: Sequence[Setting]) -> list[Result]:
         world: Of as many ranks as the layouts have.
         settings: What to train.
     """
-    ranks = world.run(train_all, list(settings), timeout_s=60 + 5 * len(settings))
+    ranks = world.run(train_all, list(settings), timeout_s=300 + 5 * len(settings))
     return [
         compare(setting, list(traces))
         for setting, traces in zip(settings, zip(*ranks, strict=True), strict=True)
