@@ -155,3 +155,25 @@ def bfloat16() -> bool:
 def test_bfloat16_trains_float32_slices(device, world_size, backend):
     with lab.World(world_size, device=device, backend=backend) as world:
         assert all(world.run(bfloat16))
+
+
+def starts() -> bool:
+    """Draw a model whole, and in slices; nothing else that is drawn may change."""
+    mesh = lab.make_mesh(dp=dist.get_world_size())["dp"]
+    with torch.device("meta"):
+        whole, cut = (lab.GPT(lab.GPTConfig(**CONFIG)) for _ in range(2))
+    lab.fully_shard(cut, mesh)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    want = lab.materialize(whole, seed=1).state_dict()
+    found = lab.full_state_dict(lab.materialize(cut, seed=1))
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    assert {value.device.type for value in want.values()} == {mesh.device_type}
+    return torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(("device", "world_size", "backend"), PLACES)
+def test_initial_values_do_not_depend_on_slices(device, world_size, backend):
+    with lab.World(world_size, device=device, backend=backend) as world:
+        assert all(world.run(starts))
