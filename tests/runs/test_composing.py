@@ -23,7 +23,6 @@ CONFIG = lab.GPTConfig(
 MAX_NORM, NUM_STEPS = 0.3, 3
 LAYOUTS = [
     Layout(dp=2, tp=2, sequence_parallel=True, zero=1, grad_accum_steps=3),
-    Layout(dp=4, grad_accum_steps=2, recompute=True),
     Layout(dp=4, zero=3, recompute=True),
     Layout(dp=2, tp=2, zero=2, recompute=True),
     Layout(pp=2, dp=2, grad_accum_steps=2),
@@ -287,7 +286,8 @@ def mean_loss(output, targets):
 
 
 def test_a_step_is_skipped_by_all_ranks(world4):
-    jobs = [(layout, loss) for layout in SKIPS for loss in (None, mean_loss)]
+    jobs = [(layout, None) for layout in SKIPS]
+    jobs += [(layout, mean_loss) for layout in SKIPS[2:4]]
     ranks = world4.run(lambda: [skip_one(*job) for job in jobs])
     for (layout, _), results in zip(jobs, zip(*ranks, strict=True), strict=True):
         for first, bad, nothing, after, same, moved in results:
@@ -355,8 +355,9 @@ def test_fp16_follows_torch_in_one_process(half_alone):
 
 def test_fp16_agrees_on_all_ranks(world4, half_alone):
     _, _, expected = half_alone[0]
-    ranks = world4.run(lambda: [half(layout) for layout in SKIPS])
-    for layout, results in zip(SKIPS, zip(*ranks, strict=True), strict=True):
+    layouts = SKIPS[1:5]
+    ranks = world4.run(lambda: [half(layout) for layout in layouts])
+    for layout, results in zip(layouts, zip(*ranks, strict=True), strict=True):
         reports, _, state = results[0]
         assert reports[0].skipped is not None, layout
         assert len({str(rank[:2]) for rank in results}) == 1, layout
