@@ -21,7 +21,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,7 +197,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    fields = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    named = {name: getattr(manifest, name) for name in Manifest.__dataclass_fields__}
+    fields = {"format": FORMAT, "version": VERSION, **named}
     write_json(path / MANIFEST, {**fields, "sha256": _sha256(fields)})
 
 
