@@ -156,21 +156,20 @@ class Job:
         self.nodes, self.folder, self.steps = nodes, folder, steps
         self.out = folder / "run"
         self.variables, self.command = slurm(*_options(self.out, steps))
-        self.variables |= {"HOST": nodes.hosts[0], "RENDEZVOUS": _RENDEZVOUS}
-        self.agents = []
+        self.variables |= {"HOST": nodes.hosts[0]}
+        self.agents = {}
 
     def start(self, node):
-        """Start the agent of a node."""
-        self.agents.append(
-            self.nodes.start(
-                node,
-                self.command,
-                cwd=RECIPES,
-                env=_environment(**self.variables),
-                stdout=subprocess.PIPE,
-                stderr=(self.folder / f"errors{node}").open("w"),
-                text=True,
-            )
+        """Start the agent of a node; node 0 has the store, also on the loopback."""
+        rendezvous = f"{_RENDEZVOUS},is_host={node == 0}"
+        self.agents[node] = self.nodes.start(
+            node,
+            self.command,
+            cwd=RECIPES,
+            env=_environment(**self.variables, RENDEZVOUS=rendezvous),
+            stdout=subprocess.PIPE,
+            stderr=(self.folder / f"errors{node}").open("w"),
+            text=True,
         )
 
     @property
@@ -182,14 +181,18 @@ class Job:
         end = time.monotonic() + _WAIT_S
         while newest_checkpoint(self.out / "checkpoints")[0] is None:
             assert time.monotonic() < end, self.errors
-            assert all(agent.poll() is None for agent in self.agents), self.errors
+            assert all(agent.poll() is None for agent in self.agents.values()), (
+                self.errors
+            )
             time.sleep(0.01)
 
     def finish(self):
         """Return what the run on node 0 says, and the step that it resumed from."""
-        answer = self.agents[0].communicate(timeout=_WAIT_S)[0]
-        assert self.agents[0].returncode == 0, self.errors
-        result = json.loads(answer or self.agents[1].communicate(timeout=_WAIT_S)[0])
+        first, second = (self.agents[node] for node in (0, 1))
+        answer = first.communicate(timeout=_WAIT_S)[0]
+        assert first.returncode == 0, self.errors
+        result = json.loads(answer or second.communicate(timeout=_WAIT_S)[0])
+        assert result["resumed_from"], "the agents did not meet in one round"
         return result, int(result["resumed_from"].rpartition("_")[2])
 
     def undisturbed(self):
@@ -211,8 +214,8 @@ def test_a_job_goes_on_when_a_node_dies(tmp_path, two_nodes, slurm):
     job = Job(two_nodes, tmp_path, slurm, steps=60)
     if two_nodes.isolated:
         two_nodes.limit(1, 100_000)  # some steps a second while both nodes are there
+    job.start(1)  # waits for the store of node 0, so that both join the first round
     job.start(0)
-    job.start(1)
     job.wait_for_checkpoint()
     two_nodes.unplug(1)
     result, resumed = job.finish()
