@@ -281,10 +281,11 @@ def test_every_launcher_runs_the_same_job(name, tmp_path, expected):
     package, launcher = _LAUNCHERS[name]
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed: pip install labpkg[launchers]")
+    options = ["local", str(tmp_path)] if name == "submitit" else []  # for its logs
     programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        [*launcher, sys.executable, RECIPES / f"with_{name}.py"],
-        cwd=tmp_path,
+        [*launcher, sys.executable, f"with_{name}.py", *options],
+        cwd=RECIPES,  # processes elsewhere find the job by it
         env=_environment(PATH=programs),
         capture_output=True,
         text=True,

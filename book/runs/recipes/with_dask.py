@@ -1,5 +1,7 @@
 """Dask as the launcher: one task for each rank, each pinned to a worker of its own.
 
+Workers elsewhere must find `job`: start them in this folder.
+
 python with_dask.py                        starts two workers here
 python with_dask.py tcp://scheduler:8786   takes the workers of a cluster
 """

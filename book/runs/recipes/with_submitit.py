@@ -1,4 +1,4 @@
-"""Submitit: the same call on this machine or through Slurm.
+"""Submitit: the same call on this machine or through Slurm. Start it in this folder.
 
 python with_submitit.py          starts two ranks here
 python with_submitit.py slurm    submits a job of two nodes with eight ranks each
