@@ -170,7 +170,8 @@ _AXIS_GROUPS = Exercise(
             lambda sizes, axis: _groups(sizes, axis)[:1]
         ),
     },
-    hint="ranks of a group lie a stride apart, the product of the sizes further inside",
+    hint="ranks of a group lie a stride apart, the product of the sizes further "
+    "inside; sort the groups by their first rank",
 )
 
 
@@ -254,8 +255,8 @@ _NETWORK_BYTES = Exercise(
     arguments=("sizes", "num_bytes", "node_size"),
     reference=_crossing,
     cases=[
-        ([2, 2, 2], [1, 10, 100], 4),
-        ([2, 2, 2], [100, 10, 1], 2),
+        ([2, 2, 2], [3, 20, 100], 4),
+        ([2, 2, 2], [100, 20, 3], 2),
         ([4, 2], [7, 5], 4),
         ([2, 8], [7, 5], 4),
         ([2, 4, 2], [3, 20, 100], 8),
@@ -265,11 +266,26 @@ _NETWORK_BYTES = Exercise(
         ([8], [9], 8),
     ],
     mistakes={
+        "look at all groups of an axis, not only at that of rank 0": (
+            lambda sizes, num_bytes, node_size: sum(
+                sent
+                for axis, sent in enumerate(num_bytes)
+                if len({rank // node_size for rank in _groups(sizes, axis)[0]}) > 1
+            )
+        ),
         "a group may begin on one machine and end on the next: look at all its ranks": (
             _by_stride
         ),
         "that the axis and those inside fill more than a machine is not enough: with "
         "machines of an odd size, or an axis of size 1, look at the ranks": _by_extent,
+        "count an axis once, not once for each of its groups": (
+            lambda sizes, num_bytes, node_size: sum(
+                sent
+                for axis, sent in enumerate(num_bytes)
+                for ranks in _groups(sizes, axis)
+                if len({rank // node_size for rank in ranks}) > 1
+            )
+        ),
         "these axes stay inside a machine; count the others": (
             lambda sizes, num_bytes, node_size: (
                 sum(num_bytes) - _crossing(sizes, num_bytes, node_size)

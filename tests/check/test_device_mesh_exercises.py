@@ -92,6 +92,17 @@ WRONG = [
         "from the other end",
     ),
     ("axis_groups", lambda sizes, axis: axis_groups(sizes, axis)[:1], "all groups"),
+    (
+        "axis_groups",
+        lambda sizes, axis: (
+            torch.arange(math.prod(sizes))
+            .reshape(sizes)
+            .transpose(axis, -1)
+            .reshape(-1, sizes[axis])
+            .tolist()
+        ),
+        "sort the groups",
+    ),
     ("mesh_grad_norm", lambda cut, whole: cut, "returns its argument"),
     (
         "mesh_grad_norm",
@@ -117,6 +128,22 @@ WRONG = [
             s for axis, s in enumerate(sent) if math.prod(sizes[axis + 1 :]) >= node
         ),
         "begin on one machine",
+    ),
+    (
+        "network_bytes",
+        lambda sizes, sent, node: sum(
+            s * len({rank // node for rank in group[1:]} - {group[0] // node})
+            for axis, s in enumerate(sent)
+            for group in axis_groups(sizes, axis)
+        ),
+        "count an axis once",
+    ),
+    (
+        "network_bytes",
+        lambda sizes, sent, node: sum(
+            s for axis, s in enumerate(sent) if axis_groups(sizes, axis)[0][-1] >= node
+        ),
+        "not only at that of rank 0",
     ),
     (
         "network_bytes",
