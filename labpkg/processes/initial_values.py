@@ -59,10 +59,11 @@ def materialize(
     parameter in the whole model, not on how the model is cut: all layouts start
     bitwise equal on one kind of device. Ties stay ties. Buffers are treated alike.
 
-    Where values come from: the outermost module around a parameter that has a method
-    `init_parameter(name, tensor) -> bool`, which fills the whole tensor in place, or
-    returns False; otherwise `reset_parameters()` of the layer that has the parameter,
-    as all layers of torch have it. Values that `__init__` alone would give are lost::
+    Where values come from: modules around a parameter, the outermost first, may have a
+    method `init_parameter(name, tensor) -> bool`, which fills the whole tensor in place
+    or returns False; if none fills it, `reset_parameters()` of the layer that has the
+    parameter, as all layers of torch have it. Values that `__init__` alone would give
+    are lost::
 
         with torch.device("meta"):
             model = lab.GPT(config)
@@ -82,13 +83,14 @@ def materialize(
         The same model.
 
     Raises:
-        ValueError: Before anything is changed: if the device is "meta", or if nothing
-            tells the values of a parameter. Later, if a value is not given after all,
-            or has another shape.
+        ValueError: Before anything is changed: if the device is "meta", if a tensor
+            there is neither parameter nor buffer, or if nothing tells the values of a
+            parameter. Later, if a value is not given after all, or has another shape.
     """
     device = torch.device(device) if device is not None else torch.get_default_device()
     if device.type == "meta":
         raise ValueError("a model has no values on 'meta'; choose 'cpu' or 'cuda'")
+    _require_registered(model)
     stages = [m for m in model.modules() if isinstance(m, Stage) and m.origin]
     draws: dict[tuple[int, str], _Draw] = {}
     places: _Places = {}
@@ -105,13 +107,29 @@ def materialize(
     return model
 
 
+def _require_registered(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise ValueError(
+                    f"{type(module).__name__}.{name} lies on 'meta' and is no buffer, "
+                    "so nothing gives it a value; use register_buffer(..., "
+                    "persistent=False)"
+                )
+
+
 def _plan(part: nn.Module, origin: Origin, draws: dict[tuple[int, str], _Draw]) -> None:
     """Add how each tensor of a part gets its value, or refuse."""
     whole = origin.model
     for own_name, tensor in tensors_of(part):
         if not is_empty(tensor):
             continue
-        name = origin.names[own_name]
+        name = origin.names.get(own_name)
+        if name is None:
+            raise ValueError(
+                f"{own_name} came to its stage after split_stages and has no value; "
+                "add it before, or build it with memory"
+            )
         found = _filled_by(name, tensor, whole)
         if found is None:
             _require_reset(name, whole)
@@ -143,9 +161,10 @@ def _filled_by(
             raise ValueError(
                 f"{type(module).__name__}.init_parameter({inner!r}, ...) returns "
                 f"{answer!r}; let it return True if it fills the tensor, or False to "
-                "leave it to reset_parameters() of the layer"
+                "leave it to the modules inside"
             )
-        return (module, inner) if answer else None
+        if answer:
+            return module, inner
     return None
 
 
@@ -190,9 +209,13 @@ def _fill(draw: _Draw, places: _Places, seed: int, device: torch.device) -> None
             values = {name: _scratch(t, device) for t, name in draw.wanted.items()}
             for name, value in values.items():
                 draw.init(name, value)
+            values = {name: v for name, v in values.items() if _may_be_filled(v)}
+    found = []
     for tensor, name in draw.wanted.items():
-        _check(f"{draw.key}: {name}", values[name], tensor)
-        _keep(values[name], tensor, places[tensor])
+        full_name = f"{draw.key}.{name}".lstrip(".") if draw.init is None else draw.key
+        found.append((_checked(full_name, values.get(name), tensor), tensor))
+    for value, tensor in found:
+        _keep(value, tensor, places[tensor])
 
 
 @contextmanager
@@ -216,6 +239,12 @@ def _scratch(tensor: Tensor, device: torch.device) -> Tensor:
     return torch.full(shape, value, dtype=tensor.dtype, device=device)
 
 
+def _may_be_filled(scratch: Tensor) -> bool:
+    """Return False if nobody wrote what has no nan to tell that."""
+    has_nan = scratch.is_floating_point() or scratch.is_complex()
+    return has_nan or scratch._version > 0 or not scratch.numel()
+
+
 def _reset(layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
     """Let a layer fill whole tensors of its own; it keeps what it had."""
     parameters, buffers = dict(layer._parameters), dict(layer._buffers)
@@ -228,9 +257,14 @@ def _reset(layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
                 layer._parameters[name] = nn.Parameter(scratch, p.requires_grad)
         for name, b in buffers.items():
             layer._buffers[name] = None if b is None else _scratch(b, device)
+        given = layer._parameters | layer._buffers
         layer.reset_parameters()  # pyright: ignore[reportCallIssue]
-        found = (*layer._parameters.items(), *layer._buffers.items())
-        return {name: t.detach() for name, t in found if t is not None}
+        found = layer._parameters | layer._buffers
+        return {
+            name: t.detach()
+            for name, t in found.items()
+            if t is not None and (t is not given.get(name) or _may_be_filled(t))
+        }
     except AttributeError as error:
         if not modules:
             raise
@@ -245,8 +279,10 @@ def _reset(layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
         layer._modules.update(modules)
 
 
-def _check(name: str, value: Tensor, tensor: Tensor) -> None:
-    """Refuse what was not filled, or is something else."""
+def _checked(name: str, value: Tensor | None, tensor: Tensor) -> Tensor:
+    """Return a value; refuse what was not filled, or is something else."""
+    if value is None:
+        raise _not_filled(name)
     given = (tuple(value.shape), value.dtype)
     wanted = (tuple(whole_shape(tensor)), tensor.dtype)
     if given != wanted or value.is_meta:
@@ -255,10 +291,15 @@ def _check(name: str, value: Tensor, tensor: Tensor) -> None:
             "tensor in place"
         )
     if value.isnan().any():
-        raise ValueError(
-            f"{name} was not filled (or with nan); let init_parameter, or "
-            "reset_parameters of the layer, give all of it a value"
-        )
+        raise _not_filled(name)
+    return value
+
+
+def _not_filled(name: str) -> ValueError:
+    return ValueError(
+        f"{name} was not filled (or with nan); let init_parameter, or reset_parameters "
+        "of the layer, give all of it a value, in place"
+    )
 
 
 def _keep(

@@ -204,7 +204,7 @@ class Unit:
     ) -> None:
         kinds: dict[Any, list[nn.Parameter]] = {}
         for parameter in members:
-            kind = (parameter.dtype, parameter.requires_grad, parameter.is_meta)
+            kind = (parameter.dtype, parameter.requires_grad)
             kinds.setdefault(kind, []).append(parameter)
         self.groups: list[Group] = []
         self.places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []

@@ -42,16 +42,18 @@ class Rotary(nn.Module):
     """A layer with a buffer that is computed, and one that counts."""
 
     table: torch.Tensor
+    count: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("table", torch.empty(6), persistent=False)
-        self.register_buffer("count", torch.ones((), dtype=torch.int64))
+        self.register_buffer("count", torch.empty((), dtype=torch.int64))
         self.scale = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         self.table = torch.arange(6.0)
+        self.count.fill_(1)
         with torch.no_grad():
             self.scale.fill_(2)
 
@@ -155,6 +157,7 @@ def test_values_are_those_that_the_layers_of_torch_start_from():
     assert norm.num_batches_tracked.dtype == torch.int64
     assert torch.equal(rotary.table, torch.arange(6.0))
     assert rotary.scale == 2
+    assert rotary.count == 1
     assert prelu.weight == 0.25
     for name in ("0.weight", "3.weight", "3.bias", "5.bias"):
         assert 0.5 < state[name].abs().max() * 6**0.5 <= 1
@@ -189,12 +192,27 @@ def test_only_what_has_no_value_gets_one():
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+def test_the_outermost_module_and_the_first_name_of_a_tie_decide():
+    outer = Initial(lambda x: x.dim() == 2 and bool(nn.init.zeros_(x).numel()))
+    outer.layer = Initial(lambda x: bool(nn.init.ones_(x).numel()))
+    outer.layer.layer.other = nn.Parameter(torch.zeros(3))
+    inner = materialize(outer.to("meta"), device="cpu").layer.layer
+    assert torch.equal(inner.weight, torch.zeros(2, 2))
+    assert torch.equal(inner.other, torch.ones(3))
+    tied = on_meta(lambda: nn.Sequential(nn.Embedding(64, 9), nn.Linear(9, 64)))
+    tied[1].weight = tied[0].weight
+    materialize(tied, device="cpu")
+    assert tied[1].weight is tied[0].weight
+    assert tied[0].get_parameter("weight").std() > 0.8  # a Linear would be narrow
+
+
 def pieces():
     """Stages of one rank at once; ties and buffers; a layer that was born parallel."""
     mesh = lab.make_mesh(pp=4)
     layout = Layout(pp=4, schedule="gpipe", num_micro_batches=4)
     _, (stage,) = cut(layout, build=chain)
     materialize(stage, seed=1)
+    assert stage.origin is None  # or the whole model would stay
     state = lab.full_state_dict(
         Pipeline(stage, layout.make_schedule(), mesh["pp"], loss_fn=nn.MSELoss())
     )
@@ -268,6 +286,26 @@ class Around(nn.Module):
         nn.init.ones_(self.inner.weight)
 
 
+class Forgetful(nn.Module):
+    """Counts what its `reset_parameters` does not reset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("places", torch.arange(2))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+
+class Unregistered(nn.Linear):
+    """Keeps a table that no `state_dict` and no `to` would find."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.table = torch.arange(2)
+
+
 class Initial(nn.Module):
     """Its layer gets what is given by `fill`."""
 
@@ -277,6 +315,18 @@ class Initial(nn.Module):
 
     def init_parameter(self, name: str, tensor: torch.Tensor) -> Any:
         return self.fill(tensor)
+
+
+class Output(Initial):
+    """All but the matrix of inputs is left to the layers, of which one is reset."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.layer = nn.MultiheadAttention(2, 1, bias=False)
+
+    def init_parameter(self, name: str, tensor: torch.Tensor) -> bool:
+        nn.init.ones_(tensor)
+        return name == "layer.in_proj_weight"
 
 
 def fill_half(x):
@@ -290,7 +340,10 @@ def fill_half(x):
         (Bare, r"initial value of weight: Bare has no reset_parameters"),
         (lambda: Initial(lambda x: False), "value of layer.weight: Bare has no"),
         (lambda: Initial(nn.init.ones_), r"init_parameter\('layer.weight', ...\) ret"),
-        (lambda: Initial(fill_half), "layer.weight was not filled"),
+        (lambda: Initial(fill_half), "^layer.weight was not filled"),
+        (lambda: nn.Sequential(Forgetful()), "^0.places was not filled"),
+        (Unregistered, "Unregistered.table lies on 'meta' and is no buffer"),
+        (Output, "MultiheadAttention, around layer.out_proj.weight, may reset it"),
         (Around, "Around, around inner.weight, may reset it"),
         (lambda: nn.MultiheadAttention(4, 2), "MultiheadAttention has no reset"),
     ],
@@ -326,6 +379,10 @@ def test_shapes_and_leftovers_are_told():
     beside = nn.ModuleList([stage, nn.Linear(2, 2, device="meta")])
     with pytest.raises(ValueError, match=r"1.weight lies beside the stages"):
         materialize(beside, device="cpu")
+    stage, *_ = split_stages(on_meta(chain), 2)
+    stage.late = nn.Linear(2, 2, device="meta")
+    with pytest.raises(ValueError, match=r"^late.weight came to its stage after"):
+        materialize(stage, device="cpu")
     sample = torch.ones(2, 6)
     with pytest.raises(ValueError, match="balance='time' runs the model"):
         split_stages(on_meta(chain), 2, balance="time", sample=sample)
@@ -346,7 +403,7 @@ def refused():
     model = lab.fully_shard(on_meta(linear), mesh["dp"])
     with pytest.raises(ValueError, match=r"materialize\(model\) before the first"):
         model(torch.ones(2, 4))
-    materialize(model)
+    materialize(model, device="cuda")  # but slices have their place
     return model(torch.ones(2, 4)).isfinite().all().item()
 
 
