@@ -276,11 +276,7 @@ class DataParallel(nn.Module):
                 `check_every` finds replicas that differ.
             ValueError: If a parameter is another than at construction.
         """
-        if self._in_backward:
-            raise RuntimeError(
-                "the last backward pass did not end, so ranks may disagree about what "
-                "was reduced; restart from a checkpoint"
-            )
+        self._require_ended()
         for name, p in self.module.named_parameters():
             if p.requires_grad and self._known.get(id(p)) != (p.dtype, p.device):
                 raise ValueError(
@@ -291,6 +287,13 @@ class DataParallel(nn.Module):
         if self._step_begins and self.module.training and torch.is_grad_enabled():
             self._begin_step()
         return self.module(*args, **kwargs)
+
+    def _require_ended(self) -> None:
+        if self._in_backward:
+            raise RuntimeError(
+                "the last backward pass did not end, so ranks may disagree about what "
+                "was reduced; restart from a checkpoint"
+            )
 
     def _begin_step(self) -> None:
         self._step_begins = False
@@ -360,10 +363,15 @@ class DataParallel(nn.Module):
         """Average what was accumulated under `no_sync`, without a backward pass.
 
         For gradients to which something is added after the last backward, as stages of
-        a `Pipeline` add those of tied parameters. Every rank must call it.
+        a `Pipeline` add those of tied parameters. Every rank must call it, one without
+        gradients too; what is averaged already stays as it is.
+
+        Raises:
+            RuntimeError: If the last backward pass broke off.
 
         Communication: as a backward pass.
         """
+        self._require_ended()
         self._finish()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore

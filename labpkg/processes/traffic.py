@@ -283,7 +283,7 @@ def start(
         _num_exchanges += transfer.is_exchange
         for log in _logs:
             log._add(axis.name, op, payload_bytes, transfer.wire_bytes)
-        return _Timed(transfer.work, list(_logs))
+        return _Timed(transfer.work, list(_logs)) if _logs else transfer.work
 
 
 def _note(op: str, axis: Axis) -> None:

@@ -140,27 +140,34 @@ def test_several_synchronised_backwards_add_up(world2):
         assert deviation(grads, want) <= TOLERANCE
 
 
-def used_only_in_the_first_micro_batch(reduce_dtype):
+def used_only_in_the_first_micro_batch(reduce_dtype, at_once):
     mesh = lab.make_mesh(dp=2)["dp"]
     model = lab.DataParallel(build("branches"), mesh, reduce_dtype=reduce_dtype)
     x = torch.full((1, 6), mesh.get_local_rank() + 1.0, dtype=torch.float64)
     with model.no_sync():
         model(x).sum().backward()  # x[0] > 0 takes the branch
-    model(-x).sum().backward()
+    with model.no_sync() if at_once else nullcontext():
+        model(-x).sum().backward()
+    for _ in range(2 * at_once):  # averages of averages are the same
+        with lab.count_comms() as log:
+            model.reduce_gradients()
+        size = (reduce_dtype or x.dtype).itemsize
+        assert log["dp"].payload_bytes == lab.data_parallel_bytes(model, itemsize=size)
     return {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize(
     ("reduce_dtype", "tolerance"), [(None, TOLERANCE), (torch.float32, 1e-6)]
 )
 def test_a_gradient_from_an_earlier_micro_batch_is_averaged(
-    world2, reduce_dtype, tolerance
+    world2, reduce_dtype, tolerance, at_once
 ):
     model = build("branches")
     for value in (1.0, -1.0, 2.0, -2.0):
         model(torch.full((1, 6), value, dtype=torch.float64)).sum().backward()
     grads = {k: p.grad / 2 for k, p in model.named_parameters() if p.grad is not None}
-    for found in world2.run(used_only_in_the_first_micro_batch, reduce_dtype):
+    for found in world2.run(used_only_in_the_first_micro_batch, reduce_dtype, at_once):
         assert deviation(found, grads) <= tolerance
 
 
@@ -288,8 +295,9 @@ def broken_backward():
     first, second = model.module
     with pytest.raises(KeyError):
         second(Break.apply(first(torch.ones(1, 2)))).sum().backward()
-    with pytest.raises(RuntimeError, match="did not end"):
-        model(torch.ones(1, 2))
+    for go_on in (lambda: model(torch.ones(1, 2)), model.reduce_gradients):
+        with pytest.raises(RuntimeError, match="did not end"):
+            go_on()
     return True
 
 
