@@ -47,6 +47,7 @@ class Layout:
         sequence_parallel: Also divide what lies between the layers that tp cuts.
         grad_accum_steps: Passes whose gradients are added up before a step.
         recompute: Keep no activations inside a block; compute them again for backward.
+            Running statistics, such as those of BatchNorm, then count samples twice.
 
     Raises:
         ValueError: If a size is below 1, a name is unknown, or an option needs an

@@ -1,19 +1,45 @@
 """Running a module forward more often than the model says, without a trace.
 
 A pipeline tries its stages to learn shapes, and may run forward twice to save memory.
-Neither may move buffers or random numbers, or leave casts behind.
+Neither may move buffers or random numbers, or leave casts behind; nor may a step that
+is skipped move buffers.
 
 Chapter: parallelism/pipeline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+
+def remember_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Return a function that gives all buffers the values that they have now.
+
+    Args:
+        modules: Whose buffers.
+    """
+    layers = [layer for module in modules for layer in module.modules()]
+    buffers = [dict(layer._buffers) for layer in layers]
+    copies = [
+        (buffer, buffer.detach().clone())
+        for own in buffers
+        for buffer in own.values()
+        if buffer is not None
+    ]
+
+    def restore() -> None:
+        for layer, own in zip(layers, buffers, strict=True):
+            layer._buffers.update(own)  # also where forward assigned another tensor
+        with torch.no_grad():
+            for buffer, copy in copies:
+                buffer.copy_(copy)
+
+    return restore
 
 
 @contextmanager
@@ -24,23 +50,12 @@ def undisturbed(modules: Iterable[nn.Module], device: torch.device) -> Iterator[
         modules: What runs inside.
         device: Where it runs.
     """
-    layers = [layer for module in modules for layer in module.modules()]
-    buffers = [dict(layer._buffers) for layer in layers]
-    copies = [
-        (buffer, buffer.detach().clone())
-        for own in buffers
-        for buffer in own.values()
-        if buffer is not None
-    ]
+    restore = remember_buffers(modules)
     try:
         with torch.random.fork_rng(_gpus(device)):
             yield
     finally:
-        for layer, own in zip(layers, buffers, strict=True):
-            layer._buffers.update(own)  # also where forward assigned another tensor
-        with torch.no_grad():
-            for buffer, copy in copies:
-                buffer.copy_(copy)
+        restore()
 
 
 @contextmanager

@@ -66,7 +66,8 @@ def compose(
 
     Every rank makes the same call. The model that `build` returns knows of no engine;
     for a pipeline it is an `nn.Sequential` or has `pipeline_units()`, for tensor
-    parallelism it has a plan.
+    parallelism it has a plan. A layer that looks at several samples at once, such as
+    BatchNorm, sees those of one rank, pass and micro-batch only.
 
     Args:
         build: Returns the whole model, on torch's default device.

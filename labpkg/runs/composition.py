@@ -27,6 +27,8 @@ from labpkg.parallelism.pipeline import Pipeline
 from labpkg.planning.layout import Layout
 from labpkg.processes.collectives import all_gather, all_reduce
 from labpkg.processes.pieces import owner_of
+from labpkg.processes.replicas import broadcast_state
+from labpkg.processes.trials import remember_buffers
 from labpkg.runs.generation import generate_by_windows
 from labpkg.runs.loss_scale import LossScale
 from labpkg.runs.objective import IGNORED, Objective
@@ -116,7 +118,8 @@ class Composition:
         self.layout, self.mesh, self.model = layout, mesh, parts.model
         self.optimizer, self.num_parameters = parts.optimizer, parts.num_parameters
         self.precision, self.max_grad_norm, self.seed = precision, max_grad_norm, seed
-        self.device = device_of(mesh)
+        self.device, self._dp = device_of(mesh), mesh["dp"]
+        self._has_buffers = any(True for _ in self.model.buffers())
         self.loss_scale = LossScale() if precision == "fp16" else None
         self.skip_rules: list[Callable[[float, float], str | None]] = []
         self._module, self._windows = parts.module, parts.windows
@@ -144,7 +147,8 @@ class Composition:
 
         Returns:
             The same on every rank. If the norm of the gradient is not finite, or no
-            target counts, parameters, optimizer state and step counts stay as they are.
+            target counts, parameters, buffers, optimizer state and step counts stay as
+            they are: no nan gets into the running statistics of a BatchNorm, either.
 
         Raises:
             ValueError: On every rank, if x and y of some rank do not fit each other or
@@ -158,6 +162,7 @@ class Composition:
             return StepReport(
                 loss=0.0, count=0, grad_norm=0.0, skipped="no target counts"
             )
+        restore = self._begin_buffers()
         loss = self._accumulate(x, y, count)
         norm = self._clip()
         skipped = self._judge(loss, norm)
@@ -165,6 +170,8 @@ class Composition:
             for group in self.optimizer.param_groups if lr is not None else ():
                 group["lr"] = lr
             self.optimizer.step()
+        else:
+            restore()
         self.optimizer.zero_grad()
         return StepReport(loss=loss, count=count, grad_norm=norm, skipped=skipped)
 
@@ -225,6 +232,9 @@ class Composition:
     ) -> Tensor:
         """Continue a prompt, one sampled token after the other, alike on all ranks.
 
+        Under a pipeline or sequence parallelism each token costs a forward over a whole
+        window; otherwise keys and values are kept, as by `GPT.generate`.
+
         Args:
             prompt: The same on every rank, at least one token.
             num_tokens: Tokens to add.
@@ -238,14 +248,16 @@ class Composition:
         Shape: prompt (B, T) -> (B, T + num_tokens)
 
         Raises:
-            ValueError: As `GPT.generate`; or if the model has no such method, under a
-                pipeline or sequence parallelism if it is no GPT.
+            ValueError: As `GPT.generate`; if ranks of pp or tp have other prompts than
+                their peers; or if the model has no such method, under a pipeline or
+                sequence parallelism if it is no GPT.
         """
         if self._windows is None and not hasattr(self._module, "generate"):
             raise ValueError(
                 "the divided model cannot continue prompts: it has no generate(), or "
                 "is no GPT and takes whole batches only; call forward instead"
             )
+        self._prepare(prompt, None, in_passes=False)
         if generator is None:
             generator = torch.Generator(self.device).manual_seed(self.seed)
         options = {"num_tokens": num_tokens, "temperature": temperature}
@@ -294,6 +306,15 @@ class Composition:
         dtype = torch.float64 if self.precision == "fp64" else torch.float32
         return x.to(dtype) if x.is_floating_point() else x
 
+    def _begin_buffers(self) -> Callable[[], None]:
+        """Let all replicas start alike; return what undoes what forward will change."""
+        if not self._has_buffers:
+            return lambda: None
+        restore = remember_buffers([self.model])
+        if self.layout.zero:  # `DataParallel` does it itself
+            broadcast_state(self.model.buffers(), self._dp)
+        return restore
+
     def _accumulate(self, x: Tensor, y: Tensor, count: int) -> float:
         """Add up the gradients of all passes; return the mean loss."""
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
@@ -327,7 +348,8 @@ class Composition:
         if self.loss_scale is not None:
             owners = (owner_of(p) for p in self.model.parameters())
             gradients = [owner.grad for owner in owners if owner.grad is not None]
-            torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
+            if gradients:  # a stage may be frozen
+                torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
         return clip_grad_norm(self.model, self.max_grad_norm).item()
 
     def _judge(self, loss: float, norm: float) -> str | None:
@@ -346,7 +368,7 @@ class Composition:
         return reason
 
     def _sum_over_batch(self, loss: Tensor) -> float:
-        return all_reduce(loss.detach(), self.mesh["dp"]).item()
+        return all_reduce(loss.detach(), self._dp).item()
 
     def _padded(self, x: Tensor, fill: int = 0) -> Tensor:
         """Add rows until micro-batches are equal, and there is one at least."""

@@ -20,13 +20,12 @@ from labpkg.runs.loss_scale import LossScale
 CONFIG = lab.GPTConfig(
     num_layers=2, width=16, num_heads=4, sequence_length=8, vocab_size=32
 )
-MAX_NORM, NUM_STEPS = 0.3, 3
+MAX_NORM, NUM_STEPS = 0.3, 2
 LAYOUTS = [
     Layout(dp=2, tp=2, sequence_parallel=True, zero=1, grad_accum_steps=3),
     Layout(dp=4, zero=3, recompute=True),
     Layout(dp=2, tp=2, zero=2, recompute=True),
     Layout(pp=2, dp=2, grad_accum_steps=2),
-    Layout(pp=2, dp=2, schedule="zb-v", zero=2, num_micro_batches=2),
     Layout(pp=2, tp=2, schedule="interleaved", recompute=True),
 ]
 IDS = [str(layout) for layout in LAYOUTS]
@@ -50,6 +49,17 @@ def mine(mesh, *tensors):
     return tuple(t.tensor_split(n)[rank] for t in tensors)
 
 
+MESHES = {}  # of a rank; their groups take as long as a step
+
+
+def mesh_of(layout):
+    sizes = {"pp": layout.pp, "dp": layout.dp, "tp": layout.tp}
+    key = tuple(sizes.values())
+    if key not in MESHES:
+        MESHES[key] = lab.make_mesh(**sizes)
+    return MESHES[key]
+
+
 def alone(size):
     """Train in one process without any engine."""
     torch.manual_seed(0)
@@ -70,9 +80,9 @@ def alone(size):
             "state": model.state_dict(),
             "evaluation": lab.cross_entropy(model(x), y).item(),
             "logits": model(x),
-            "greedy": model.generate(x[:2, :3], num_tokens=8, temperature=0),
+            "greedy": model.generate(x[:2, :3], num_tokens=7, temperature=0),
             "sampled": model.generate(
-                x[:2, :3], num_tokens=8, generator=torch.Generator().manual_seed(3)
+                x[:2, :3], num_tokens=2, generator=torch.Generator().manual_seed(3)
             ),
         }
 
@@ -80,7 +90,7 @@ def alone(size):
 def composed(layout, size):
     """Do the same as `alone` under a layout."""
     options = {"precision": "fp64", "max_grad_norm": MAX_NORM}
-    trained = compose(gpt, layout, lr=7.0, **options)
+    trained = compose(gpt, layout, mesh=mesh_of(layout), lr=7.0, **options)
     mesh, reports = trained.mesh, []
     for x, y in batches(size):
         report = trained.train_step(*mine(mesh, x, y), lr=1e-2)
@@ -95,8 +105,8 @@ def composed(layout, size):
         "evaluation": trained.evaluate(*mine(mesh, x, y)),
         "logits": lab.all_gather(logits, mesh["dp"]) if layout.dp == 1 else logits,
         "rank": mesh["dp"].get_local_rank(),
-        "greedy": trained.generate(x[:2, :3], num_tokens=8, temperature=0),
-        "sampled": trained.generate(x[:2, :3], num_tokens=8, generator=generator),
+        "greedy": trained.generate(x[:2, :3], num_tokens=7, temperature=0),
+        "sampled": trained.generate(x[:2, :3], num_tokens=2, generator=generator),
         "num_parameters": trained.num_parameters,
         "training": trained.model.training,
     }
@@ -118,9 +128,20 @@ def ranks(world4):
 
 @pytest.fixture(scope="module")
 def references():
-    with lab.World(1, device="cpu") as world:  # as many threads as a rank
-        sizes = sorted({size_for(layout) for layout in LAYOUTS})
-        return dict(zip(sizes, world.run(lambda: [*map(alone, sizes)])[0], strict=True))
+    return {size: alone(size) for size in {size_for(layout) for layout in LAYOUTS}}
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """Return what one rank does, to be compared with several."""
+
+    def runs():
+        first = started([Layout(zero=1)])
+        ours = half(Layout())
+        return first[0], ours, half_by_torch(len(ours[0]))
+
+    with lab.World(1, device="cpu") as world:
+        return world.run(runs)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
@@ -165,15 +186,14 @@ def started(layouts):
     return found
 
 
-def test_all_layouts_start_alike_from_meta(world4):
+def test_all_layouts_start_alike_from_meta(world4, one_rank):
     layouts = [
         Layout(tp=4),
         Layout(dp=2, tp=2, zero=3),
         Layout(pp=2, dp=2, zero=2, schedule="zb-v"),
         Layout(pp=4),
     ]
-    with lab.World(1, device="cpu") as world:
-        ((want, whole),) = world.run(started, [Layout(zero=1)])[0]
+    want, whole = one_rank[0]
     assert whole == CONFIG.shape.num_parameters
     for rank in world4.run(started, layouts):
         for layout, (state, num_own) in zip(layouts, rank, strict=True):
@@ -199,7 +219,7 @@ def reduced_bytes():
                 num_micro_batches=2 if layout.pp > 1 else None,
                 grad_accum_steps=passes,
             )
-            trained = compose(gpt, layout)
+            trained = compose(gpt, layout, mesh=mesh_of(layout))
             x, y = mine(trained.mesh, *data)
             trained.train_step(x, y)  # the first one also agrees on shapes
             with count_comms() as log:
@@ -224,10 +244,13 @@ def test_gradients_are_reduced_once_per_step(world4):
                 assert payload == replicated + loss
 
 
-def digits(precision="fp64", dropout=0.0):
+def digits(dropout=0.0, *, has_norm=False, frozen=0):
     def build():
         torch.manual_seed(5)
         layers = [nn.Linear(8, 16), nn.Dropout(dropout), nn.ReLU(), nn.Linear(16, 4)]
+        layers += [nn.BatchNorm1d(4)] * has_norm
+        for layer in layers[:frozen]:
+            layer.requires_grad_(False)
         return nn.Sequential(*layers)
 
     return build
@@ -252,7 +275,9 @@ SKIPS = [
 
 def skip_one(layout, loss_fn):
     """Take a good step, a step of which one rank's samples are bad, a good step."""
-    trained = compose(digits(), layout, plan=PLAN, loss_fn=loss_fn)
+    build = digits(has_norm=True)
+    mesh = mesh_of(layout)
+    trained = compose(build, layout, mesh=mesh, plan=PLAN, loss_fn=loss_fn)
     x, y = samples()
     bad = x.clone()
     bad[-1, 0] = torch.nan  # on the last rank of dp
@@ -261,14 +286,15 @@ def skip_one(layout, loss_fn):
     report = trained.train_step(*mine(trained.mesh, bad, y), lr=9.0)
     same = equal(before, full_state(trained))
     nothing = trained.train_step(*mine(trained.mesh, x, torch.full_like(y, -100)))
-    same = same and equal(before, full_state(trained))
+    same = equal(before, full_state(trained)) and same
     after = trained.train_step(*mine(trained.mesh, x, y))
     moved = not equal(before, full_state(trained))
     return first, report, nothing, after, same, moved
 
 
 def full_state(trained):
-    return lab.full_state_dict(trained.model), lab.full_state_dict(trained.optimizer)
+    whole = [lab.full_state_dict(part) for part in (trained.model, trained.optimizer)]
+    return *whole, [buffer.clone() for buffer in trained.model.buffers()]
 
 
 def equal(a, b):
@@ -299,10 +325,19 @@ def test_a_step_is_skipped_by_all_ranks(world4):
             assert (first, after) == (results[0][0], results[0][3]), layout
 
 
+def half_frozen():
+    """Train with a stage that has no gradients."""
+    layout = Layout(pp=2, dp=2)
+    build, mesh = digits(frozen=2), mesh_of(layout)
+    trained = compose(build, layout, mesh=mesh, precision="fp16")
+    return trained.train_step(*mine(mesh, *samples()))
+
+
 def half(layout, good_steps=4):
     """Train until so many steps were good."""
     options = {"optimizer": torch.optim.SGD, "lr": 1e-2, "max_grad_norm": math.inf}
-    trained = compose(digits(), layout, plan=PLAN, precision="fp16", **options)
+    options |= {"plan": PLAN, "precision": "fp16", "mesh": mesh_of(layout)}
+    trained = compose(digits(), layout, **options)
     # Of a scale of 2^24 gradients overflow; growing again is seen soon.
     trained.loss_scale = LossScale(2.0**24, growth_interval=3)
     x, y = mine(trained.mesh, *samples())
@@ -332,15 +367,8 @@ def half_by_torch(steps):
     return norms, scaler.get_scale(), model.state_dict()
 
 
-@pytest.fixture(scope="module")
-def half_alone():
-    with lab.World(1, device="cpu") as world:
-        ours = world.run(half, Layout())[0]
-        return ours, world.run(half_by_torch, len(ours[0]))[0]
-
-
-def test_fp16_follows_torch_in_one_process(half_alone):
-    (reports, scale, state), (norms, their_scale, expected) = half_alone
+def test_fp16_follows_torch_in_one_process(one_rank):
+    _, (reports, scale, state), (norms, their_scale, expected) = one_rank
     overflowed = [not math.isfinite(norm) for norm in norms]
     assert [report.skipped is not None for report in reports] == overflowed
     assert overflowed[0]
@@ -353,10 +381,13 @@ def test_fp16_follows_torch_in_one_process(half_alone):
         torch.testing.assert_close(state[name], value)
 
 
-def test_fp16_agrees_on_all_ranks(world4, half_alone):
-    _, _, expected = half_alone[0]
+def test_fp16_agrees_on_all_ranks(world4, one_rank):
+    _, _, expected = one_rank[1]
     layouts = SKIPS[1:5]
-    ranks = world4.run(lambda: [half(layout) for layout in layouts])
+    ranks = world4.run(lambda: [half_frozen(), *map(half, layouts)])
+    first, *_ = (rank.pop(0) for rank in ranks)
+    assert first.skipped is None
+    assert 0 < first.grad_norm < math.inf
     for layout, results in zip(layouts, zip(*ranks, strict=True), strict=True):
         reports, _, state = results[0]
         assert reports[0].skipped is not None, layout
@@ -369,7 +400,8 @@ def test_fp16_agrees_on_all_ranks(world4, half_alone):
 def dropout_norms(layouts):
     found = []
     for layout in layouts:
-        trained = compose(digits(dropout=0.5), layout, precision="fp64")
+        build, mesh = digits(dropout=0.5), mesh_of(layout)
+        trained = compose(build, layout, mesh=mesh, precision="fp64")
         report = trained.train_step(*mine(trained.mesh, *samples()))
         found.append((report.loss, report.grad_norm))
     return found
@@ -427,6 +459,13 @@ def refusals():
         "peers": lambda: train(
             Layout(dp=2, tp=2), *tokens.roll(int(rank == 3), dims=1)
         ),
+        # Over both places together the same samples: none may cancel out.
+        "swapped": lambda: train(
+            Layout(dp=2, tp=2), *tokens.roll(int(rank in (1, 2)), dims=1)
+        ),
+        "prompt": lambda: compose(gpt, Layout(dp=2, tp=2)).generate(
+            tokens[0] + rank % 2, num_tokens=1
+        ),
         "sequence": lambda: train(
             Layout(dp=2, tp=2, sequence_parallel=True), *tokens[..., :7]
         ),
@@ -459,6 +498,8 @@ SAYS = {
     "pieces": "12 samples are not divisible into 4 micro-batches in each of 2 passes",
     "rows": "rank 1: x has 16 samples on cpu and y 15",
     "peers": "ranks of pp or tp were given other samples than their peers",
+    "swapped": "ranks of pp or tp were given other samples than their peers",
+    "prompt": "ranks of pp or tp were given other samples than their peers",
     "sequence": "a sequence of T=7 is not divisible by tp=2",
     "text": "the divided model cannot continue prompts",
 }
@@ -477,18 +518,28 @@ def regression(layouts):
     y = x @ torch.ones(8, 4)
     found = []
     for layout in layouts:
-        trained = compose(
-            digits(),
-            layout,
-            loss_fn=nn.functional.mse_loss,
-            precision="fp64",
-            plan=PLAN,
-        )
+        options = {"loss_fn": nn.functional.mse_loss, "precision": "fp64"}
+        mesh = mesh_of(layout)
+        trained = compose(digits(), layout, mesh=mesh, plan=PLAN, **options)
         size = 8 if layout.is_pipeline else 3
         first = trained.train_step(*mine(trained.mesh, x[:size], y[:size]))
         loss, count = trained.evaluate(*mine(trained.mesh, x[:3], y[:3]))
         found.append((size, first.loss, first.grad_norm, loss, count))
     return found
+
+
+def regression_alone(size):
+    """Do the same in this process, without any engine."""
+    x, _ = samples()
+    x, y = x.double(), (x @ torch.ones(8, 4)).double()
+    with torch.random.fork_rng():
+        model = digits()().double()
+    loss = nn.functional.mse_loss(model(x[:size]), y[:size])
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.optim.AdamW(model.parameters(), lr=1e-3).step()
+    after = nn.functional.mse_loss(model(x[:3]), y[:3])
+    return [loss.item(), norm.item(), after.item(), 3]
 
 
 def test_a_loss_of_the_user_has_a_row_for_each_sample(world4):
@@ -498,13 +549,7 @@ def test_a_loss_of_the_user_has_a_row_for_each_sample(world4):
         Layout(pp=2, tp=2),
         Layout(pp=2, dp=2),
     ]
-    with lab.World(1, device="cpu") as world:
-        alone = [world.run(regression, [Layout()])[0][0]]
-        alone += world.run(regression, [Layout(schedule="gpipe", num_micro_batches=1)])[
-            0
-        ]
-    expected = {size: rest for size, *rest in alone}
+    expected = {size: regression_alone(size) for size in (3, 8)}
     for found in world4.run(regression, layouts):
         for size, *rest in found:
             assert rest == pytest.approx(expected[size], rel=1e-12)
-            assert rest[-1] == 3
