@@ -123,8 +123,8 @@ _EXPORTS = {
     "SkippedSteps": "runs.faults",
     "LossSpike": "runs.faults",
     "ReplicaCheck": "runs.faults",
-    "Stragglers": "runs.faults",
-    "Straggler": "runs.faults",
+    "Stragglers": "runs.stragglers",
+    "Straggler": "runs.stragglers",
     "Heartbeat": "runs.heartbeat",
     "Manifest": "runs.checkpoint_files",
     "PendingSave": "runs.checkpoint_save",
@@ -267,10 +267,10 @@ if TYPE_CHECKING:
     from labpkg.runs.faults import Preemption as Preemption
     from labpkg.runs.faults import ReplicaCheck as ReplicaCheck
     from labpkg.runs.faults import SkippedSteps as SkippedSteps
-    from labpkg.runs.faults import Straggler as Straggler
-    from labpkg.runs.faults import Stragglers as Stragglers
     from labpkg.runs.heartbeat import Heartbeat as Heartbeat
     from labpkg.runs.loss_scale import LossScale as LossScale
+    from labpkg.runs.stragglers import Straggler as Straggler
+    from labpkg.runs.stragglers import Stragglers as Stragglers
     from labpkg.runs.trainer import Trainer as Trainer
     from labpkg.runs.trainer import TrainResult as TrainResult
 

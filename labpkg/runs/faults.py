@@ -2,7 +2,8 @@
 
 Synchronous training goes on only if all ranks do the same. So what one rank notices is
 agreed on at the end of a step, by a few bytes; a decision by numbers that are equal on
-all ranks, such as the loss, needs none. `heartbeat` notices what ends no step at all.
+all ranks, such as the loss, needs none. `heartbeat` notices what ends no step at all,
+`stragglers` who needs longer than its peers.
 
 Chapter: runs/faults. References: Chowdhery et al. 2022, PaLM, arXiv:2204.02311 (spikes
 of the loss); Dixit et al. 2021, Silent Data Corruptions at Scale, arXiv:2102.11245.
@@ -10,22 +11,20 @@ of the loss); Dixit et al. 2021, Silent Data Corruptions at Scale, arXiv:2102.11
 
 from __future__ import annotations
 
+import math
 import signal
 import statistics
 import threading
-import time
 from collections import deque
-from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from labpkg.processes.collectives import all_gather, all_reduce
+from labpkg.processes.collectives import all_reduce
 from labpkg.processes.messages import all_gather_object
 from labpkg.processes.replicas import check_replicas
-from labpkg.processes.traffic import axis_of, count_comms
+from labpkg.processes.traffic import axis_of
 from labpkg.processes.transport import control_device
 from labpkg.runs.attempts import NOTICES
 from labpkg.runs.callbacks import Callback, Run
@@ -107,6 +106,15 @@ class SkippedSteps(Callback):
         self.max_in_a_row = max_in_a_row
         self._in_a_row = 0
 
+    def on_start(self, run: Run) -> None:
+        """Forget the steps of another run.
+
+        Args:
+            run: The run.
+        """
+        if run.step == 0:
+            self._in_a_row = 0
+
     def after_step(self, run: Run, report: StepReport) -> None:
         """Count; the report is the same on every rank.
 
@@ -172,6 +180,8 @@ class LossSpike(Callback):
         Args:
             run: The run.
         """
+        if run.step == 0:
+            self._losses.clear()  # those of another run
         self._rules = run.composition.skip_rules
         self._rules.append(self._judge)
 
@@ -193,6 +203,8 @@ class LossSpike(Callback):
         self._losses = deque(state["losses"], maxlen=self.window)
 
     def _judge(self, loss: float, grad_norm: float) -> str | None:
+        if not math.isfinite(loss):
+            return f"its loss is {loss}"
         if len(self._losses) >= self.window // 5:
             usual = statistics.median(self._losses)
             if loss > self.factor * usual:
@@ -278,124 +290,8 @@ class ReplicaCheck(Callback):
         return run.config.checkpoint_every if self.every is None else self.every
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Straggler:
-    """A rank that needs longer than its peers.
-
-    Attributes:
-        rank: Which.
-        last_step: The last step of the window in which it was seen.
-        own_s: Seconds of its own work in a step, the median of the window.
-        usual_s: The same of its peers, the median over them.
-    """
-
-    rank: int
-    last_step: int
-    own_s: float
-    usual_s: float
-
-    @property
-    def slowdown(self) -> float:
-        """How many times longer it needs."""
-        return self.own_s / self.usual_s
-
-    def __str__(self) -> str:
-        return (
-            f"rank {self.rank} is a straggler: it works {self.slowdown:.1f} times as "
-            f"long on a step as its peers ({1e3 * self.own_s:.1f} ms, usual "
-            f"{1e3 * self.usual_s:.1f} ms, up to step {self.last_step})"
-        )
-
-
-class Stragglers(Callback):
-    """Name the ranks that all others wait for.
-
-    A step takes as long on every rank: those that are ready wait. What differs is a
-    rank's own work, its time less its waits for transfers. Its median over a window is
-    compared with that of its peers: the ranks of its stage, else those of all stages.
-
-    Args:
-        factor: From how many times the usual on a rank is reported, above 1.
-        window: Steps between two reports.
-
-    Attributes:
-        found: All `Straggler`s so far.
-        own_s: Each rank's own seconds in a step of the last window, in rank order.
-
-    Raises:
-        ValueError: If a number is too small.
-
-    Communication: 8 bytes per rank once in a window.
-    """
-
-    def __init__(self, *, factor: float = 2.0, window: int = 50) -> None:
-        if not factor > 1 or window < 1:
-            raise ValueError(
-                f"factor={factor} must be above 1 and window={window} at least 1; "
-                "choose e.g. factor=2, window=50"
-            )
-        self.factor, self.window = factor, window
-        self.found: list[Straggler] = []
-        self.own_s: list[float] = []
-        self._times: list[float] = []
-        self._stack = ExitStack()
-
-    def on_start(self, run: Run) -> None:
-        """Start the clocks.
-
-        Args:
-            run: The run.
-        """
-        self._log = self._stack.enter_context(count_comms())
-        self._mark = self._now()
-
-    def after_step(self, run: Run, report: StepReport) -> None:
-        """Note the step; at the end of a window compare all ranks.
-
-        Args:
-            run: The run.
-            report: What the step has found.
-        """
-        mark = self._now()
-        self._times.append(mark - self._mark)
-        if len(self._times) == self.window:
-            self._compare(run)
-            self._times.clear()
-        self._mark = self._now()
-
-    def close(self) -> None:
-        """Stop counting."""
-        self._stack.close()
-
-    def _now(self) -> float:
-        """Return seconds of a clock that stands still while this rank waits."""
-        return time.perf_counter() - self._log.wait_s
-
-    def _compare(self, run: Run) -> None:
-        self.own_s = _from_all(statistics.median(self._times))
-        layout = run.composition.layout
-        size = layout.dp * layout.tp
-        size = size if size > 1 else layout.world_size
-        for rank, own in enumerate(self.own_s):
-            first = rank - rank % size
-            peers = [r for r in range(first, first + size) if r != rank]
-            usual = statistics.median([self.own_s[r] for r in peers] or [own])
-            if own > self.factor * usual:
-                what = {"rank": rank, "last_step": run.step, "own_s": own}
-                self.found.append(Straggler(usual_s=usual, **what))
-                run.say(str(self.found[-1]))
-
-
-def _control_tensor(value: float) -> torch.Tensor:
-    device = control_device(axis_of(None).group)
-    return torch.tensor([value], dtype=torch.float64, device=device)
-
-
 def _largest(value: float) -> float:
     """Return the largest value of all ranks."""
-    return all_reduce(_control_tensor(value), op="max").item()
-
-
-def _from_all(value: float) -> list[float]:
-    """Return the values of all ranks, in rank order."""
-    return all_gather(_control_tensor(value)).tolist()
+    device = control_device(axis_of(None).group)
+    mine = torch.tensor([value], dtype=torch.float64, device=device)
+    return all_reduce(mine, op="max").item()

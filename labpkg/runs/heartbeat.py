@@ -16,6 +16,7 @@ Chapter: runs/faults.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -122,10 +123,14 @@ class Heartbeat(Callback):
             self._ended.set()
 
     def _watch(self, ended: threading.Event) -> None:
+        told = -math.inf  # a stall is told once, named by when its last step ended
         while not ended.wait(self.every_s):
-            self._beat()
-            if time.monotonic() - self._since >= self.stall_s and self._speak(ended):
-                return
+            since = self._since
+            is_stall = time.monotonic() - since >= self.stall_s
+            with suppress(OSError):  # a full disk; the next beat may find room
+                self._beat()
+                if is_stall and since != told and self._speak(since, ended):
+                    told = since
 
     def _beat(self) -> None:
         self._num_beats += 1
@@ -149,15 +154,15 @@ class Heartbeat(Callback):
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank_{rank:05d}.json"
 
-    def _speak(self, ended: threading.Event) -> bool:
-        """Report, if this is the first living rank; return whether all is said."""
-        step, before = self._step, self._read()
+    def _speak(self, since: float, ended: threading.Event) -> bool:
+        """Report, if this is the first living rank; return whether it has spoken."""
+        before = self._read()
         for _ in range(_SILENT_BEATS):
             if ended.wait(self.every_s):
-                return True
+                return False
             self._beat()
         after = self._read()
-        if self._step != step:
+        if self._since != since:
             return False  # late, but it goes on
         # See Note [no clock].
         silent = {r for r in after if after[r]["beat"] == before[r]["beat"]}

@@ -34,10 +34,11 @@ from labpkg.runs.checkpoint import PendingSave, load_checkpoint, save_checkpoint
 from labpkg.runs.checkpoint_lock import claim_folder
 from labpkg.runs.composing import compose
 from labpkg.runs.config import TrainConfig
-from labpkg.runs.faults import Preemption, SkippedSteps, Stragglers
+from labpkg.runs.faults import Preemption, SkippedSteps
 from labpkg.runs.joining import joined
 from labpkg.runs.result import TrainResult
 from labpkg.runs.start import find_start, set_aside
+from labpkg.runs.stragglers import Stragglers
 from labpkg.runs.tasks import build_model, load_task, sample_text, tensor_parallel_plan
 from labpkg.runs.tracking import Tracker
 

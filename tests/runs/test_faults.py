@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,9 @@ from labpkg.runs.faults import (
     Preemption,
     ReplicaCheck,
     SkippedSteps,
-    Straggler,
-    Stragglers,
 )
 from labpkg.runs.heartbeat import Heartbeat
+from labpkg.runs.stragglers import Straggler, Stragglers
 from labpkg.runs.trainer import Trainer
 
 _RUN_S = 110  # a World's limit: the machine may be busy
@@ -141,9 +141,28 @@ def test_the_rule_for_spikes_looks_back_on_steps_that_were_done():
     assert resumed._judge(18.1, 0.0) == (
         "its loss 18.1 is 2.0 times the median 9 of 3 steps"
     )
+    assert resumed._judge(float("inf"), 0.0) == "its loss is inf"
+    assert list(resumed._losses) == [1.0, 9.0, 10.0]
     skipped = SkippedSteps()
     skipped.load_state_dict({"in_a_row": 4})
     assert skipped.state_dict() == {"in_a_row": 4}
+
+
+def test_a_callback_of_an_earlier_run_starts_anew_unless_the_run_is_resumed():
+    for step, losses, in_a_row in [(0, [], 0), (4, [1.0], 3)]:
+        rules = []
+        run = SimpleNamespace(step=step, composition=SimpleNamespace(skip_rules=rules))
+        spikes, skipped = LossSpike(), SkippedSteps()
+        spikes.load_state_dict({"losses": [1.0]})
+        skipped.load_state_dict({"in_a_row": 3})
+        for callback in (spikes, skipped):
+            callback.on_start(run)
+        assert spikes.state_dict() == {"losses": losses}
+        assert skipped.state_dict() == {"in_a_row": in_a_row}
+        assert rules == [spikes._judge]
+        spikes.close()
+        spikes.close()
+        assert rules == []
 
 
 # Silent corruption. -------------------------------------------------------------------
@@ -211,6 +230,8 @@ def test_a_straggler_in_words():
 
 def _hang(run):
     time.sleep(6)  # in which no step ends
+    told = run.config.out / "heartbeat" / "stall.txt"
+    told.rename(run.config.out / f"after_step_{run.step}.txt")
 
 
 def _stop(run):
@@ -219,11 +240,12 @@ def _stop(run):
 
 def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path, world2):
     beat = Heartbeat(stall_s=1.5, every_s=0.5)
-    results = world2.run(
-        _train, _digits(tmp_path), beat, At(3, _hang), timeout_s=_RUN_S
-    )
+    faults = At(3, _hang), Again(6, _hang)
+    results = world2.run(_train, _digits(tmp_path), beat, *faults, timeout_s=_RUN_S)
     assert [result.steps for result in results] == [8, 8]  # it is only told
-    text = (tmp_path / "heartbeat" / "stall.txt").read_text()
+    again = (tmp_path / "after_step_5.txt").read_text()
+    assert "for 1.5 s after step 5; rank 1 (pid " in again
+    text = (tmp_path / "after_step_2.txt").read_text()
     assert "no step has ended for 1.5 s after step 2; rank 1 (pid " in text
     assert "is suspected (an inference): it ran outside collectives" in text
     assert "(rank 0: waited in " in text
