@@ -242,7 +242,7 @@ def _scratch(tensor: Tensor, device: torch.device) -> Tensor:
 def _may_be_filled(scratch: Tensor) -> bool:
     """Return False if nobody wrote what has no nan to tell that."""
     has_nan = scratch.is_floating_point() or scratch.is_complex()
-    return has_nan or scratch._version > 0 or not scratch.numel()
+    return has_nan or scratch._version > 0
 
 
 def _reset(layer: nn.Module, device: torch.device) -> dict[str, Tensor]:

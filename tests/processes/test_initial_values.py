@@ -53,7 +53,7 @@ class Rotary(nn.Module):
 
     def reset_parameters(self) -> None:
         self.table = torch.arange(6.0)
-        self.count.fill_(1)
+        self.count = torch.tensor(1)  # another tensor, which is as good
         with torch.no_grad():
             self.scale.fill_(2)
 
