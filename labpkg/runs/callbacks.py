@@ -82,11 +82,15 @@ class Callback:
         """Before the first step, after the state of a checkpoint was loaded.
 
         Args:
-            run: The run, as in the other methods.
+            run: The run.
         """
 
     def before_step(self, run: Run) -> None:
-        """Before a step; `run.step` are done."""
+        """Before a step; `run.step` are done.
+
+        Args:
+            run: The run.
+        """
 
     def after_step(self, run: Run, report: StepReport) -> None:
         """After a step, before the checkpoint that may be due.
@@ -105,7 +109,11 @@ class Callback:
         """
 
     def on_end(self, run: Run) -> None:
-        """After the last step and the last checkpoint; not after an error."""
+        """After the last step and the last checkpoint; not after an error.
+
+        Args:
+            run: The run.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know: JSON values, the same on all ranks."""
