@@ -93,6 +93,21 @@ def boxes_of_range(
     yield from _in_row(shape, last, 0, stop - last * row)
 
 
+def overlap(
+    first: tuple[Corner, Corner], second: tuple[Corner, Corner]
+) -> tuple[Corner, Corner] | None:
+    """Return what two boxes of one tensor have in common, None if nothing.
+
+    Args:
+        first: Offsets and sizes.
+        second: Likewise.
+    """
+    begins = tuple(map(max, first[0], second[0]))
+    ends = [min(a + m, b + n) for a, m, b, n in zip(*first, *second, strict=True)]
+    sizes = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
+    return (begins, sizes) if all(n > 0 for n in sizes) else None
+
+
 def _in_row(
     shape: Corner, number: int, start: int, stop: int
 ) -> Iterator[tuple[Corner, Corner]]:

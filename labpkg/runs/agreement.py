@@ -8,6 +8,7 @@ Chapter: runs/checkpointing.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -55,7 +56,9 @@ def as_told(error: BaseException | None) -> BaseException | None:
         told = OSError(error.strerror or str(error))
         told.errno = error.errno
         return told
-    return RuntimeError(f"{type(error).__name__}: {error}")
+    told = RuntimeError(f"{type(error).__name__}: {error}")
+    told.add_note("".join(traceback.format_exception(error)))  # notes travel
+    return told
 
 
 def raise_first(errors: Sequence[BaseException | None]) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -164,10 +164,10 @@ def save_checkpoint(
     earlier = vars(model).get(_PENDING)
     if earlier is not None and not earlier.is_over:
         earlier.wait()
-    target, hidden = target_of(folder, step)
     inventory, whole, owns_lock = _begin(
         folder, model, optimizer, state, {"step": step, "identity": identity}, keep
     )
+    target, hidden = target_of(folder, step)
     parts: list[Part] = [
         (whole.tensors[piece.name].kind, piece, inventory.held[piece])
         for piece in whole.shared_out()[own_rank()]
@@ -213,20 +213,31 @@ def _begin(
             is_claimed = True
             clean_up(folder)
             target_of(folder, about["step"])[1].mkdir()
-    except (ValueError, OSError) as caught:
+    except Exception as caught:  # also of a module's `get_extra_state`
         error = as_told(caught)
-    answers = everyone((error, None if inventory is None else inventory.told))
+    told = None if inventory is None else inventory.told
+    answers = everyone((error, about["step"], told))
     try:
-        raise_first([error for error, _ in answers])
-        whole = Whole([told for _, told in answers if told is not None])
-    except (ValueError, OSError) as failure:
+        raise_first([error for error, _, _ in answers])
+        _require_same_step([step for _, step, _ in answers])
+        whole = Whole([told for _, _, told in answers if told is not None])
+    except Exception as failure:
         if is_claimed:
             clean_up(folder)
         if owns_lock:
             give_lock_back(folder)
-        raise cannot_save(target_of(folder, about["step"])[0], failure) from None
+        if isinstance(failure, OSError):
+            failure = cannot_save(target_of(folder, about["step"])[0], failure)
+        raise failure from None
     assert inventory is not None
     return inventory, whole, owns_lock
+
+
+def _require_same_step(steps: Sequence[int]) -> None:
+    if {*steps} != {steps[0]}:
+        raise ValueError(
+            f"ranks save or load steps {steps}; call this with the same step on all"
+        )
 
 
 def _check_options(about: Mapping[str, Any], keep: int | None) -> None:
@@ -299,19 +310,20 @@ def load_checkpoint(
         manifest = read_manifest(path)
         _verify_share(path, manifest)
         told = Inventory(model, optimizer).told
-    except ValueError as caught:
-        error = caught
-    answers = everyone((error, told))
-    raise_first([error for error, _ in answers])
+    except Exception as caught:
+        error = as_told(caught)
+    answers = everyone((error, None if manifest is None else manifest.step, told))
+    raise_first([error for error, _, _ in answers])
     assert manifest is not None
-    whole = Whole([told for _, told in answers if told is not None])
+    _require_same_step([step for _, step, _ in answers if step is not None])
+    whole = Whole([told for _, _, told in answers if told is not None])
     check_fit(path, manifest, whole, optimizer)
     loading, random = None, None
     try:
         loading = Loading(path, manifest, model, optimizer)
         if optimizer is not None:
             random = loading.random_state(own_rank())
-    except (ValueError, OSError) as caught:
+    except Exception as caught:
         error = as_told(caught)
     raise_first(everyone(error))
     assert loading is not None

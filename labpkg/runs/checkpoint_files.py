@@ -98,6 +98,9 @@ class Manifest:
     files: dict[str, dict[str, Any]]
 
 
+_FIELDS = tuple(Manifest.__dataclass_fields__)
+
+
 def dtype_name(dtype: torch.dtype) -> str | None:
     """Return what safetensors calls a dtype, or None if it has no such thing."""
     return _NAMES.get(dtype)
@@ -145,6 +148,7 @@ def write_tensors(path: Path, pieces: Iterable[tuple[Piece, Tensor]]) -> dict[st
     text += b" " * (-len(text) % 8)
     file = _ChecksummedFile(path)
     try:
+        file.reserve(8 + len(text) + end)
         file.write(memoryview(len(text).to_bytes(8, "little") + text))
         for _, tensor in ordered:
             flat = tensor.detach().cpu().reshape(-1)
@@ -166,6 +170,11 @@ class _ChecksummedFile:
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self.num_bytes = self.checksum = 0
 
+    def reserve(self, num_bytes: int) -> None:
+        """Take the room at once, which is faster and finds a full disk at once."""
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self.fd, 0, num_bytes)
+
     def write(self, data: memoryview) -> None:
         for first in range(0, len(data), _CHUNK_BYTES):
             chunk = data[first : first + _CHUNK_BYTES]
@@ -173,18 +182,6 @@ class _ChecksummedFile:
             self.num_bytes += len(chunk)
             while chunk:
                 chunk = chunk[os.write(self.fd, chunk) :]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON and flush it to the disk.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    with open(path, "wb") as file:
-        file.write(json.dumps(value).encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -197,9 +194,12 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    named = {name: getattr(manifest, name) for name in Manifest.__dataclass_fields__}
+    named = {name: getattr(manifest, name) for name in _FIELDS}
     fields = {"format": FORMAT, "version": VERSION, **named}
-    write_json(path / MANIFEST, {**fields, "sha256": _sha256(fields)})
+    with open(path / MANIFEST, "wb") as file:
+        file.write(json.dumps({**fields, "sha256": _sha256(fields)}).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def flush_folder(path: Path) -> None:
@@ -248,8 +248,14 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         )
     if checksum != _sha256(fields):
         raise bad(path, f"{MANIFEST} is damaged (its checksum differs)")
-    known = {k: v for k, v in fields.items() if k in Manifest.__dataclass_fields__}
-    return Manifest(**known)
+    try:
+        manifest = Manifest(**{name: fields[name] for name in _FIELDS})
+    except KeyError as error:
+        raise bad(path, f"{MANIFEST} lacks {error}") from None
+    for name in manifest.files:
+        if Path(name).name != name:
+            raise bad(path, f"{MANIFEST} names {name!r}, which is not a file in it")
+    return manifest
 
 
 def verify_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:

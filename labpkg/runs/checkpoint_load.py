@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from labpkg.processes.pieces import is_divided, owner_of, whole_shape
-from labpkg.processes.rectangles import Rectangle, rectangles
+from labpkg.processes.rectangles import Corner, Rectangle, overlap, rectangles
 from labpkg.runs.checkpoint_files import Manifest, bad, dtype_of
 from labpkg.runs.checkpoint_state import Whole, decoded, inner_of
 
@@ -51,10 +52,12 @@ class Reader:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path, self._manifest = path, manifest
         self._open: dict[str, Any] = {}
-        self._pieces: dict[str, list[tuple[str, list[int], list[int]]]] = {}
+        self._pieces: dict[str, list[tuple[str, tuple[Corner, Corner]]]] = {}
         for file, entry in manifest.files.items():
             for name, (offsets, sizes) in entry["pieces"].items():
-                self._pieces.setdefault(name, []).append((file, offsets, sizes))
+                self._pieces.setdefault(name, []).append(
+                    (file, (tuple(offsets), tuple(sizes)))
+                )
 
     def plan(self, name: str, boxes: Sequence[Rectangle]) -> list[_Read]:
         """Return what to read to fill boxes of a tensor.
@@ -62,35 +65,13 @@ class Reader:
         Raises:
             ValueError: If the pieces of the checkpoint do not cover them.
         """
-        # Not above: this costs half a second, and saving does without.
-        from torch.distributed.checkpoint import metadata
-        from torch.distributed.checkpoint.planner_helpers import (
-            create_read_items_for_chunk_list,
-        )
-
-        chunk = lambda offsets, sizes: metadata.ChunkStorageMetadata(
-            torch.Size(offsets), torch.Size(sizes)
-        )
-        pieces = self._pieces.get(name, [])
-        dtype, shape = self._manifest.tensors[name]
-        saved = metadata.TensorStorageMetadata(
-            metadata.TensorProperties(dtype=dtype_of(dtype)),
-            torch.Size(shape),
-            [chunk(offsets, sizes) for _, offsets, sizes in pieces],
-        )
-        wanted = [chunk(box.offsets, box.sizes) for box in boxes]
         reads, num_elements = [], 0
-        for item in create_read_items_for_chunk_list(name, saved, wanted):
-            assert item.dest_index.index is not None
-            assert item.storage_index.index is not None
-            into = boxes[item.dest_index.index].local
-            for dim, first in enumerate(item.dest_offsets):
-                into = into.narrow(dim, first, item.lengths[dim])
-            place = zip(item.storage_offsets, item.lengths, strict=True)
-            box = tuple(slice(first, first + n) for first, n in place)
-            file = pieces[item.storage_index.index][0]
-            reads.append(_Read(into, file, name, box))
-            num_elements += into.numel()
+        for box, (file, piece) in product(boxes, self._pieces.get(name, [])):
+            common = overlap((box.offsets, box.sizes), piece)
+            if common is not None:
+                into = box.local[_slices(common, box.offsets)]
+                reads.append(_Read(into, file, name, _slices(common, piece[0])))
+                num_elements += into.numel()
         if num_elements != sum(math.prod(box.sizes) for box in boxes):
             raise bad(self._path, f"the pieces of {name} do not cover it")
         return reads
@@ -110,6 +91,14 @@ class Reader:
         if tensor.numel():
             self.read(self.plan(name, [Rectangle((0,) * tensor.ndim, shape, tensor)]))
         return tensor
+
+
+def _slices(box: tuple[Corner, Corner], offsets: Corner) -> tuple[slice, ...]:
+    """Return where a box lies in one that begins at `offsets`."""
+    return tuple(
+        slice(begin - first, begin - first + n)
+        for begin, n, first in zip(*box, offsets, strict=True)
+    )
 
 
 class Loading:

@@ -29,7 +29,6 @@ from labpkg.runs.agreement import as_told, everyone, own_rank
 from labpkg.runs.checkpoint_files import (
     Manifest,
     Piece,
-    write_json,
     write_manifest,
     write_tensors,
 )
@@ -78,7 +77,8 @@ class Writing:
             name = f"{kind}-{own_rank():05d}-{k}.safetensors"
             files.setdefault(name, []).append((piece, tensor))
         entries = {n: write_tensors(self.partial / n, p) for n, p in files.items()}
-        write_json(self._hidden_note(own_rank()), entries)
+        # Not flushed: after a crash of the machine nobody asks for it.
+        self._hidden_note(own_rank()).write_text(json.dumps(entries))
         os.replace(self._hidden_note(own_rank()), self._note(own_rank()))
 
     def complete(self, may_wait: threading.Event, must_end: threading.Event) -> None:

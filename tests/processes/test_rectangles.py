@@ -10,7 +10,7 @@ from torch import nn
 
 from labpkg.processes.cuts import Cut, mark_cut
 from labpkg.processes.flat import ShardedBucket, mark_shard
-from labpkg.processes.rectangles import boxes_of_range, rectangles
+from labpkg.processes.rectangles import boxes_of_range, overlap, rectangles
 
 
 class Ranks(NamedTuple):
@@ -45,6 +45,20 @@ def test_the_boxes_of_a_range_are_its_elements_in_order(shape):
         ]
         assert found == list(range(start, stop))
         assert len(boxes) <= max(1, 2 * len(shape) - 1)
+
+
+def test_what_two_boxes_have_in_common():
+    elements = torch.arange(12).view(3, 4)
+    spans = [(a, n) for a in range(3) for n in range(1, 4 - a)]
+    boxes = [((a, b), (m, n)) for a, m in spans for b, n in spans]
+    for one, other in itertools.product(boxes, repeat=2):
+        common = overlap(one, other)
+        found = (
+            set() if common is None else {*_box(elements, *common).flatten().tolist()}
+        )
+        sets = [{*_box(elements, *box).flatten().tolist()} for box in (one, other)]
+        assert found == sets[0] & sets[1]
+    assert overlap(((), ()), ((), ())) == ((), ())
 
 
 def _box(tensor, offsets, sizes):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,30 @@ def test_foreign_folders_are_refused(tmp_path, content, message):
         verify_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../x", "/dev/zero", "a/b"])
+def test_a_manifest_leads_nowhere_else(tmp_path, name):
+    path = lab.save_checkpoint(tmp_path, step=1, model=nn.Linear(1, 1))
+    manifest = checkpoint_files.read_manifest(path)
+    checkpoint_files.write_manifest(path, replace(manifest, files={name: {}}))
+    with pytest.raises(ValueError, match=f"names '{name}', which is not a file"):
+        verify_checkpoint(path)
+
+
+def test_a_manifest_lacks_nothing(tmp_path):
+    fields = {"format": checkpoint_files.FORMAT, "version": checkpoint_files.VERSION}
+    fields["sha256"] = checkpoint_files._sha256(fields)
+    (tmp_path / "manifest.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"manifest\.json lacks 'step'"):
+        verify_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("step", [-1, 2.5, "3"])
+def test_a_step_is_a_number_of_steps(tmp_path, step):
+    with pytest.raises(ValueError, match=f"step={step!r} is no number of steps"):
+        lab.save_checkpoint(tmp_path, step=step, model=nn.Linear(1, 1))
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_newest_valid_checkpoint_is_found_and_the_others_explained(tmp_path):
     assert newest_checkpoint(tmp_path / "none") == (None, [])
     for step in (9, 1_000_000, 10):
@@ -255,6 +280,7 @@ def test_a_kill_while_a_step_is_replaced_leaves_a_checkpoint_to_find(
 _CALLS = [
     (os, name)
     for name in ("open", "write", "fsync", "close", "mkdir", "rename", "replace")
+    + ("posix_fallocate",) * hasattr(os, "posix_fallocate")
 ]
 
 

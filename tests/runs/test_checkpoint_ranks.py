@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import labpkg as lab
-from labpkg.runs import checkpoint_files
+from labpkg.runs import checkpoint_files, checkpoint_save
 from labpkg.runs.checkpoint import (
     export_state_dict,
     load_checkpoint,
@@ -301,7 +301,7 @@ def refuse_saving(folder):
     found.append(raised(OSError, save_checkpoint, folder, step=2, **good))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     with patch.context() as context:  # only the rank that writes the manifest
-        context.setattr(checkpoint_files, "write_json", full_disk)
+        context.setattr(checkpoint_save, "write_manifest", full_disk)
         found.append(raised(OSError, save_checkpoint, folder, step=2, **good))
     # The next save tells of the one before.
     with patch.context() as context:
@@ -324,6 +324,14 @@ def refuse_saving(folder):
             ValueError, save_checkpoint, folder, step=2, model=model, optimizer=stranger
         )
     )
+    found.append(raised(ValueError, save_checkpoint, folder, step=5 + rank, **good))
+    with patch.context() as context:
+        if rank == 1:
+            context.setattr(model, "get_extra_state", {}.popitem)
+        for call in (save_checkpoint, load_checkpoint):
+            where = {"step": 2} if call is save_checkpoint else {}
+            place = folder / "step_000001" if call is load_checkpoint else folder
+            found.append(raised(RuntimeError, call, place, **where, **good))
     seen = sorted(os.listdir(folder))
     save_checkpoint(folder, step=4, **good)
     return found, seen
@@ -339,10 +347,14 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(
     for line in one[:4]:
         assert line.startswith("OSError: cannot save ")
         assert "step_000002: No space left on device; the older checkpoints" in line
-    identity, keep, state, stranger = one[4:]
+    identity, keep, state, stranger, steps, *broken = one[4:]
     assert "is not JSON" in identity
     assert "keep=0 would keep nothing" in keep
     assert "state/hook is a builtin_function_or_method, which" in state
+    assert "ranks save or load steps [5, 6]; call this with the same" in steps
+    for line in broken:
+        assert line.startswith("RuntimeError: KeyError: 'popitem(): dictionary is em")
+    assert len(broken) == 2
     assert "has a parameter of shape (1,) that the model does not have" in stranger
     found, skipped = newest_checkpoint(tmp_path)
     assert (found, skipped) == (tmp_path / "step_000004", [])
