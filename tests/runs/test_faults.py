@@ -148,6 +148,17 @@ def test_the_rule_for_spikes_looks_back_on_steps_that_were_done():
     assert skipped.state_dict() == {"in_a_row": 4}
 
 
+def test_the_rule_for_spikes_starts_after_a_fifth_of_its_window_and_forgets():
+    rule, resumed = LossSpike(window=9), LossSpike(window=9)
+    assert rule._judge(4.0, 0.0) is None
+    assert rule._judge(8.1, 0.0) is not None
+    for _ in range(9):
+        rule._judge(1.0, 0.0)
+    assert rule.state_dict() == {"losses": [1.0] * 9}
+    resumed.load_state_dict({"losses": [4.0] + [1.0] * 9})
+    assert resumed.state_dict() == rule.state_dict()
+
+
 def test_a_callback_of_an_earlier_run_starts_anew_unless_the_run_is_resumed():
     for step, losses, in_a_row in [(0, [], 0), (4, [1.0], 3)]:
         rules = []
