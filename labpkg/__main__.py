@@ -3,7 +3,9 @@
 A mistake of the user is answered in one line with the remedy and exit code 2; a failure
 of a rank with its traceback and exit code 1; Ctrl-C with one line and exit code 130. A
 run that was asked to stop, and has saved its state, ends with exit code 75: the same
-command with --resume goes on.
+command with --resume goes on. To torchrun any code but 0 is a failure: a torchrun that
+got the signal itself ends, and one on another node that has restarts left goes on with
+the nodes that remain.
 Stand-alone, `train` and `run` start their ranks; in a process where RANK is set
 (torchrun, Slurm, mpirun) they are a rank and join the others.
 
@@ -151,8 +153,8 @@ def _launch_train(config: TrainConfig, max_restarts: int) -> TrainResult:
     from labpkg.runs.preload import start_fork_server
 
     start_fork_server()  # first: it imports torch while this process does the same
-    from labpkg.runs.checkpoint import clean_up, newest_checkpoint
-    from labpkg.runs.start import set_aside
+    from labpkg.runs.checkpoint import newest_checkpoint
+    from labpkg.runs.start import clean_up_after, set_aside
     from labpkg.runs.trainer import check_config, train
 
     config = check_config(config)
@@ -166,7 +168,7 @@ def _launch_train(config: TrainConfig, max_restarts: int) -> TrainResult:
                 "train", train, config, num_ranks=num_ranks, max_restarts=max_restarts
             )[0]
         finally:
-            clean_up(folder)
+            clean_up_after(config)
     except KeyboardInterrupt:
         newest, _ = newest_checkpoint(folder)
         if newest is None:
@@ -176,11 +178,15 @@ def _launch_train(config: TrainConfig, max_restarts: int) -> TrainResult:
 
 
 def _print_result(result: TrainResult, started: float, as_json: bool) -> None:
-    first_step_s = result.first_step_time - started
+    first = result.first_step_time
+    first_step_s = None if first is None else first - started
     if as_json:
         print(json.dumps({**asdict(result), "first_step_s": first_step_s}))
     else:
-        print(f"{result} First step after {first_step_s:.1f} s.")
+        when = (
+            "" if first_step_s is None else f" First step after {first_step_s:.1f} s."
+        )
+        print(f"{result}{when}")
 
 
 # run -------------------------------------------------------------------------------

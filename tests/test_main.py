@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from labpkg import __main__ as command_line
-from labpkg.runs import preload
+from labpkg.runs import launch, preload
+from labpkg.runs.callbacks import Callback
 from labpkg.runs.checkpoint import export_state_dict, newest_checkpoint
 from labpkg.runs.config import TrainConfig
 from labpkg.runs.trainer import Trainer
@@ -106,12 +107,16 @@ def _weights(folder, step):
     return export_state_dict(f"{folder}/checkpoints/step_{step:06d}")
 
 
+def _main(*arguments):
+    """Run a command in this process, whose fork server starts the ranks."""
+    return command_line.main([str(argument) for argument in arguments])
+
+
 @needs_tyro
-def test_train_prints_json_and_leaves_checkpoint_and_scalars(tmp_path, labpkg):
-    process = labpkg(*_digits(tmp_path, 30, "--json", "--checkpoint-every", 20))
-    code, out, error = _finish(process)
-    assert code == 0, error
-    result = json.loads(out)
+def test_train_prints_json_and_leaves_checkpoint_and_scalars(tmp_path, capsys):
+    options = _digits(tmp_path, 30, "--json", "--checkpoint-every", 20)
+    assert _main(*options) == 0
+    result = json.loads(capsys.readouterr().out)
     assert (result["num_ranks"], result["backend"]) == (2, "gloo")
     assert (result["steps"], result["device"], result["precision"]) == (
         30,
@@ -126,15 +131,16 @@ def test_train_prints_json_and_leaves_checkpoint_and_scalars(tmp_path, labpkg):
         "step_000030",
     ]
     assert os.listdir(tmp_path / "tensorboard")
-    assert "30/30" in error  # the progress bar
-    assert "loss=" in error
-    assert "samples/s=" in error
-    _wait_for(lambda: _group_is_empty(process))
+    # Once more: no step is left.
+    assert _main(*options, "--resume") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["history"], again["first_step_s"]) == ([], None)
+    assert again["validation_loss"] == result["validation_loss"]
 
 
 @needs_tyro
 def test_a_killed_rank_restarts_the_job_and_changes_nothing(tmp_path, world2, labpkg):
-    steps, every = 1200, 300
+    steps, every = 400, 100
     process = labpkg(
         *_digits(tmp_path / "killed", steps, "--checkpoint-every", every),
         *("--max-restarts", 1),
@@ -144,6 +150,9 @@ def test_a_killed_rank_restarts_the_job_and_changes_nothing(tmp_path, world2, la
     code, out, error = _finish(process)
     assert code == 0, error
     assert "Resumed from" in error
+    assert "400/400" in error  # the progress bar
+    assert "loss=" in error
+    assert "samples/s=" in error
     assert "Validation loss" in out
     assert "Ran mlp (2,410 parameters) on 2 ranks" in out
     whole = TrainConfig(
@@ -161,6 +170,7 @@ def test_a_killed_rank_restarts_the_job_and_changes_nothing(tmp_path, world2, la
 
 @needs_tyro
 def test_a_restart_before_the_first_checkpoint_keeps_the_earlier_run(tmp_path, labpkg):
+    """The launcher is killed, too, then: no rank outlives it."""
     Trainer(TrainConfig(data="digits", out=tmp_path, steps=3)).run()
     earlier = _weights(tmp_path, 3)
     process = labpkg(
@@ -171,14 +181,15 @@ def test_a_restart_before_the_first_checkpoint_keeps_the_earlier_run(tmp_path, l
     _wait_for(lambda: len(list(scalars.glob("*"))) == 1)
     _ranks(process)[1].kill()
     _wait_for(lambda: len(list(scalars.glob("*"))) == 2)
-    os.killpg(process.pid, signal.SIGINT)
+    process.kill()
     code, _, error = _finish(process)
-    assert code == 130, error
+    assert code == -signal.SIGKILL
     assert f"Moved the earlier run of {tmp_path} to {tmp_path}/previous." in error
     kept = _weights(tmp_path / "previous", 3)
     assert all(torch.equal(kept[name], earlier[name]) for name in earlier)
-    # Started by hand once more: what was interrupted has left nothing to keep.
-    assert _finish(labpkg(*_digits(tmp_path, 2)))[0] == 0
+    _wait_for(lambda: _group_is_empty(process))
+    # Started by hand once more: what was killed has left nothing to keep.
+    Trainer(TrainConfig(data="digits", out=tmp_path, steps=2)).run()
     assert _weights(tmp_path / "previous", 3).keys() == earlier.keys()
     assert os.listdir(tmp_path / "checkpoints") == ["step_000002"]
 
@@ -208,10 +219,15 @@ def test_ctrl_c_ends_all_in_one_line_and_only_the_loopback_was_used(tmp_path, la
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+class _Stop(Callback):
+    def after_step(self, run, report):
+        run.stop("seen enough")
+
+
 @needs_tyro
 def test_sigterm_saves_under_any_layout_and_resume_auto_goes_on(tmp_path, labpkg):
-    options = ("--pp", 2, "--zero", 1, "--resume", "auto", "--checkpoint-every", 500)
-    process = labpkg(*_digits(tmp_path, 10**6, *options))
+    options = ("--resume", "auto", "--checkpoint-every", 20)
+    process = labpkg(*_digits(tmp_path, 10**6, *options, "--pp", 2, "--dp", 1))
     _wait_for_checkpoint(process, tmp_path)
     process.terminate()
     code, out, error = _finish(process)
@@ -224,22 +240,16 @@ def test_sigterm_saves_under_any_layout_and_resume_auto_goes_on(tmp_path, labpkg
     assert newest is not None
     assert newest.name == f"step_{int(stopped[1]):06d}"
     assert skipped == []
-    # The same command goes on; a second signal ends it at the next step.
-    process = labpkg(*_digits(tmp_path, 10**6, *options))
-    _wait_for(lambda: newest_checkpoint(tmp_path / "checkpoints")[0] != newest)
-    process.terminate()
-    code, out, error = _finish(process)
-    assert code == 75, error
-    assert f"Resumed from {newest}." in error
-
-
-@needs_tyro
-def test_ranks_do_not_outlive_a_killed_launcher(tmp_path, labpkg):
-    process = labpkg(*_digits(tmp_path, 10**6, "--checkpoint-every", 100))
-    _wait_for_checkpoint(process, tmp_path)
-    process.kill()
-    _finish(process)
-    _wait_for(lambda: _group_is_empty(process))
+    config = TrainConfig(
+        data="digits",
+        out=tmp_path,
+        steps=10**6,
+        global_batch_size=16,
+        resume="auto",
+    )
+    result = Trainer(config, [_Stop()]).run()
+    assert result.resumed_from == str(newest)
+    assert result.steps == int(stopped[1]) + 1
 
 
 @needs_tyro
@@ -254,16 +264,29 @@ def test_ctrl_c_while_everything_still_imports(tmp_path, labpkg):
     _wait_for(lambda: _group_is_empty(process))
 
 
-def _limit_file_size():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+@pytest.fixture
+def full_disk():
+    """Let no rank write a file of more than 10 kB."""
+    preload.start_fork_server()
+    server = psutil.Process(forkserver._forkserver._forkserver_pid)  # pyright: ignore
+    before = server.rlimit(psutil.RLIMIT_FSIZE)
+    server.rlimit(psutil.RLIMIT_FSIZE, (10_000, before[1]))
+    yield
+    server.rlimit(psutil.RLIMIT_FSIZE, before)
 
 
 @needs_tyro
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, labpkg):
+@pytest.mark.skipif(
+    not hasattr(psutil.Process, "rlimit"),
+    reason="no limits of another process can be set here",
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    tmp_path, capsys, full_disk
+):
     # Half of the optimizer state of the MLP has more than 10 kB.
-    process = labpkg(*_digits(tmp_path, 20), preexec_fn=_limit_file_size)
-    code, _, error = _finish(process)
-    assert code == 2
+    with pytest.raises(SystemExit, match="2"):
+        _main(*_digits(tmp_path, 20))
+    error = capsys.readouterr().err
     last = error.splitlines()[-1]
     assert last.startswith("labpkg train: cannot save ")
     assert last.endswith("the older checkpoints are intact: make room and resume")
@@ -300,16 +323,18 @@ def fails():
 """
 
 
-def test_run_calls_a_function_of_a_file_on_every_rank(tmp_path, labpkg):
-    (tmp_path / "job.py").write_text(_JOB)
+def test_run_calls_a_function_of_a_file_on_every_rank(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("job.py").write_text(_JOB)
     options = ("--nproc", 2, "--device", "cpu")
-    good = labpkg("run", "job.py:total", *options, cwd=tmp_path)
-    assert _finish(good)[:2] == (0, "[0] 3\n[1] 3\n")
-    called = labpkg("run", "job.py:total", *options, "factor=5", "--json", cwd=tmp_path)
-    assert _finish(called)[:2] == (0, "[11, 11]\n")
-    bad = labpkg("run", "job.py:fails", *options, cwd=tmp_path)
-    code, out, error = _finish(bad)
-    assert (code, out) == (1, "")
+    assert _main("run", "job.py:total", *options) == 0
+    assert capsys.readouterr().out == "[0] 3\n[1] 3\n"
+    assert _main("run", "job.py:total", *options, "factor=5", "--json") == 0
+    assert capsys.readouterr().out == "[11, 11]\n"
+    with pytest.raises(SystemExit, match="1"):
+        _main("run", "job.py:fails", *options)
+    out, error = capsys.readouterr()
+    assert out == ""
     assert 'job.py", line 10, in fails' in error  # where, for the author of the file
     last = error.splitlines()[-1]
     assert last.startswith("labpkg run: rank ")
@@ -343,20 +368,17 @@ def test_a_rank_of_a_foreign_launcher_tells_refusals_from_failures(
     assert ("in _raise" in said) == (code == 1)  # the traceback
 
 
-def test_under_torchrun_a_file_of_yours_fails_with_its_traceback(tmp_path):
+def test_as_a_rank_a_file_of_yours_fails_with_its_traceback(tmp_path, labpkg):
     (tmp_path / "job.py").write_text(_JOB)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with launch._listen_on_loopback(0) as free:
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     options = ("run", "job.py:fails", "--device", "cpu")
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "labpkg", *options],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=_WAIT_S,
-    )
-    assert done.returncode == 1
-    assert 'job.py", line 10, in fails' in done.stderr
-    assert "ValueError: my own mistake" in done.stderr
+    code, _, error = _finish(labpkg(*options, cwd=tmp_path, env=os.environ | place))
+    assert code == 1
+    assert 'job.py", line 10, in fails' in error
+    assert "ValueError: my own mistake" in error
 
 
 @pytest.mark.parametrize(
@@ -450,8 +472,6 @@ def test_an_earlier_run_is_moved_before_a_rank_could_die(
 
 @needs_tyro
 def test_a_port_in_use(tmp_path, capsys, no_processes, monkeypatch):
-    from labpkg.runs import launch
-
     monkeypatch.setattr(launch, "start_fork_server", lambda: None)
     monkeypatch.setenv("MASTER_PORT", "0")
     with launch._listen_on_loopback(0) as taken:

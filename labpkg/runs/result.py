@@ -30,7 +30,8 @@ class TrainResult:
         baseline_loss: The same for the counting model that a run must beat.
         unit: "tokens" or "samples".
         units_per_s: Throughput of all ranks, in units per second.
-        first_step_time: When the first step was done, in seconds since the epoch.
+        first_step_time: When the first step was done, in seconds since the epoch; None
+            if no step was done.
         sample: Generated text; empty for a model that writes none.
         checkpoint: The last checkpoint.
     """
@@ -51,7 +52,7 @@ class TrainResult:
     baseline_loss: float
     unit: str
     units_per_s: float
-    first_step_time: float
+    first_step_time: float | None
     sample: str
     checkpoint: str
 

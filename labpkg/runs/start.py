@@ -17,10 +17,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from labpkg.runs.checkpoint import (
+    clean_up,
     list_checkpoints,
     newest_checkpoint,
     read_manifest,
@@ -104,6 +106,21 @@ def set_aside(config: TrainConfig) -> list[str]:
         if path.exists():
             path.rename(previous / path.name)
     return [f"Moved the earlier run of {out} to {previous}."]
+
+
+def clean_up_after(config: TrainConfig) -> None:
+    """Remove what dead ranks have left half done, and their lock.
+
+    Another host could not tell that they are dead. Nothing happens when another job
+    writes to `out` by now.
+
+    Args:
+        config: The run, whose ranks have ended.
+    """
+    folder = config.out / "checkpoints"
+    if folder.exists():
+        with suppress(ValueError, OSError), claim_folder(folder):
+            clean_up(folder)
 
 
 def _is_restart() -> bool:

@@ -172,7 +172,7 @@ class _Run:
         self.step = 0
         self.history: list[tuple[int, float]] = []
         self.skipped: list[tuple[int, str]] = []
-        self.first_step_time = 0.0
+        self.first_step_time: float | None = None
         self.stopped: str | None = None
         self._saved_step: int | None = None
         self._pending: PendingSave | None = None
@@ -267,7 +267,9 @@ class _Run:
             else:
                 self.skipped.append((self.step, report.skipped))
             self._call("after_step", report)
-            is_due = is_due or self.step % report_every == 0
+            is_due = (
+                is_due or self.step % report_every == 0 or self.step == config.steps
+            )
             if is_due and report.skipped is None:
                 is_due, rate = False, total / (time.perf_counter() - start)
                 self._report(mean.read()[0], rate, lr)
@@ -276,7 +278,8 @@ class _Run:
         return total / (time.perf_counter() - start)
 
     def _report(self, loss: float, rate: float, lr: float) -> None:
-        self.first_step_time = self.first_step_time or time.time()
+        if self.first_step_time is None:
+            self.first_step_time = time.time()
         self.history.append((self.step, loss))
         unit = f"{self.task.unit}/s"
         scalars = {"loss/train": loss, f"speed/{unit}": rate, "lr": lr}
@@ -321,7 +324,9 @@ class _Run:
             model=self.composition.model,
             optimizer=self.composition.optimizer,
         )
-        self.step = self._saved_step = manifest.step
+        self.step = manifest.step
+        if checkpoint.resolve().parent == (self.config.out / "checkpoints").resolve():
+            self._saved_step = self.step  # else a last step would be saved nowhere here
         state = manifest.state
         if self.composition.loss_scale is not None:
             self.composition.loss_scale.load_state_dict(state["loss_scale"])

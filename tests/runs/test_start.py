@@ -1,12 +1,14 @@
 """A new run takes the place of an earlier one without losing it."""
 
+import json
 import os
 
 import pytest
 
 import labpkg as lab
+from labpkg.runs.checkpoint_lock import _started, take_lock
 from labpkg.runs.config import TrainConfig
-from labpkg.runs.start import find_start, set_aside
+from labpkg.runs.start import clean_up_after, find_start, set_aside
 
 _DATA = "0123abcd"  # a checksum of training data
 _FILE = "model-00000-0.safetensors"
@@ -114,6 +116,27 @@ def test_auto_starts_afresh_where_there_is_nothing(tmp_path):
     found, notes = find_start(config, _DATA)
     assert found is None
     assert notes[0].startswith(f"Skipped: {path} is not a usable checkpoint")
+
+
+def test_dead_ranks_leave_neither_lock_nor_halves_and_living_ones_keep_theirs(
+    tmp_path, monkeypatch
+):
+    config = _config(tmp_path)
+    clean_up_after(config)
+    assert not config.out.joinpath("checkpoints").exists()
+    path = _save(config, 9)
+    half = path.with_name(".partial-step_000010")
+    half.mkdir()
+    take_lock(path.parent)
+    lock = path.with_name(".lock")
+    mine = json.loads(lock.read_text())
+    alive = mine | {"pid": os.getppid(), "started": _started(os.getppid())}
+    lock.write_text(json.dumps(alive))
+    clean_up_after(config)
+    assert (half.exists(), lock.exists()) == (True, True)
+    lock.write_text(json.dumps(alive | {"started": "before"}))
+    clean_up_after(config)
+    assert os.listdir(path.parent) == [path.name]
 
 
 @pytest.mark.parametrize("resume", [None, "newest", "auto"])

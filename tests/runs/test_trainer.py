@@ -13,22 +13,13 @@ import torch.distributed as dist
 
 import labpkg as lab
 from labpkg.processes import collectives
-from labpkg.runs import checkpoint, checkpoint_files, checkpoint_folder, tasks
+from labpkg.runs import checkpoint, checkpoint_files, checkpoint_folder, tasks, trainer
 from labpkg.runs.checkpoint_lock import claim_folder
 from labpkg.runs.config import TrainConfig
 from labpkg.runs.start import set_aside
 from labpkg.runs.trainer import Trainer, check_config
 
 _RUN_S = 110  # a World's limit: the machine may be busy
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # As in the ranks of a World, and a busy machine does not make threads wait.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _digits(out, **options):
@@ -317,6 +308,23 @@ def test_a_restart_before_the_first_checkpoint_leaves_the_earlier_run(
     assert _run(_digits(tmp_path, steps=3)).resumed_from is None
     assert os.listdir(tmp_path / "checkpoints") == ["step_000003"]
     assert os.listdir(tmp_path / "previous" / "checkpoints") == ["step_000009"]
+
+
+def test_a_run_that_is_complete_elsewhere_is_saved_here_too(tmp_path):
+    first = _run(_digits(tmp_path / "there", steps=2))
+    here = _run(_digits(tmp_path / "here", steps=2, resume=first.checkpoint))
+    assert (here.history, here.first_step_time) == ([], None)
+    assert here.checkpoint == str(tmp_path / "here" / "checkpoints" / "step_000002")
+    assert _distance(here, first) == 0
+    assert here.validation_loss == first.validation_loss
+
+
+def test_the_first_and_the_last_step_are_reported_whatever_lies_between(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trainer, "_NUM_REPORTS", 2)
+    result = _run(_digits(tmp_path, steps=5))
+    assert [step for step, _ in result.history] == [1, 2, 4, 5]
 
 
 def test_bf16_trains_close_to_fp32(tmp_path):
