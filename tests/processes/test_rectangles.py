@@ -58,6 +58,7 @@ def test_what_two_boxes_have_in_common():
         )
         sets = [{*_box(elements, *box).flatten().tolist()} for box in (one, other)]
         assert found == sets[0] & sets[1]
+        assert bool(found) == (common is not None)
     assert overlap(((), ()), ((), ())) == ((), ())
 
 
