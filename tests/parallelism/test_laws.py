@@ -16,9 +16,9 @@ every_engine = pytest.mark.parametrize(("engine", "world_size"), SIZES)
 def pairs(engine, world_size, runs, *, in_order=False):
     """Yield each run with its traces: of all ranks, of one process."""
     ranks = laws.trained(engine, world_size).traces
-    alone = laws.trained_alone(engine, world_size, in_order=in_order)
+    reference = ENGINES[engine].reference(world_size, in_order=in_order)
     for run in runs:
-        yield run, ranks[run], alone[run.alone]
+        yield run, ranks[run], laws.train_alone(run.alone, reference)
 
 
 def runs_of_the_book(engine):
