@@ -100,7 +100,7 @@ def _measure(collective: str, num_bytes: int, quick: bool) -> dict[str, list[Sam
     calls = {name: partial(variant, work) for name, variant in variants.items()}
     rounds, most = (5, 5) if quick else (12, 24)
     return alternate(
-        calls, num_rounds=rounds, max_rounds=most, sample_s=0.02 if quick else 0.2
+        calls, num_rounds=rounds, max_rounds=most, sample_s=0.01 if quick else 0.2
     )
 
 

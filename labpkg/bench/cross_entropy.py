@@ -52,5 +52,5 @@ def _measure(num_tokens: int, vocab_size: int, quick: bool) -> dict[str, list[Sa
 
     variants = {BASE: measured(F.cross_entropy), "labpkg": measured(cross_entropy)}
     rounds, most = (2, 2) if quick else (15, 45)
-    sample_s = 0.05 if quick else 0.5
+    sample_s = 0.01 if quick else 0.5
     return alternate(variants, num_rounds=rounds, max_rounds=most, sample_s=sample_s)

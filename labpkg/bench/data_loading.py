@@ -54,7 +54,7 @@ def _measure(quick: bool) -> dict[str, list[Sample]]:
         name: stream.__next__ for name, stream in streams.items()
     }
     rounds, most = (2, 2) if quick else (15, 45)
-    sample_s = 0.05 if quick else 0.5
+    sample_s = 0.01 if quick else 0.5
     return alternate(calls, num_rounds=rounds, max_rounds=most, sample_s=sample_s)
 
 

@@ -87,7 +87,7 @@ def _measure(
     }
     rounds, most = (2, 2) if quick else (12, 24)
     samples = alternate(
-        steps, num_rounds=rounds, max_rounds=most, sample_s=0.05 if quick else 0.5
+        steps, num_rounds=rounds, max_rounds=most, sample_s=0.01 if quick else 0.5
     )
     found = {name: loss.item() for name, loss in losses.items()}
     check_losses(found, base=BASE, limit=LIMIT)

@@ -58,7 +58,7 @@ def _measure(name: str, quick: bool) -> dict[str, list[Sample]]:
     config = GPTConfig(**MODELS[name].sizes)
     steps = {key: _step(config, make) for key, make in _OPTIMIZERS.items()}
     rounds, most = (2, 2) if quick else (15, 45)
-    sample_s = 0.05 if quick else 0.5
+    sample_s = 0.01 if quick else 0.5
     return alternate(steps, num_rounds=rounds, max_rounds=most, sample_s=sample_s)
 
 

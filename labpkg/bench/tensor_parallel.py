@@ -105,7 +105,7 @@ def _measure(
         },
         num_rounds=rounds,
         max_rounds=most,
-        sample_s=0.05 if quick else 0.5,
+        sample_s=0.01 if quick else 0.5,
     )
     check_losses({name: loss.item() for name, loss in losses.items()}, base=BASE)
     return {

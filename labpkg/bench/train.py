@@ -71,7 +71,7 @@ def _measure(name: str, batch_size: int, quick: bool) -> dict[str, list[Sample]]
     }
     rounds, most = (2, 2) if quick else (12, 24)
     return alternate(
-        variants, num_rounds=rounds, max_rounds=most, sample_s=0.05 if quick else 0.5
+        variants, num_rounds=rounds, max_rounds=most, sample_s=0.01 if quick else 0.5
     )
 
 
