@@ -113,7 +113,7 @@ class Runs:
         )
         self.counted = tuple(run for run in self.plain if run.case in COUNTED)
         self.of_two_passes = tuple(
-            replace(run, num_steps=2, num_passes=2)
+            replace(run, num_passes=2)
             for run in self.counted
             if run.case in COUNTED_TWICE and run.optimizer == "AdamW"
         )
