@@ -6,6 +6,13 @@ ended without giving it back, killed or with its machine, is recognised: no proc
 this number runs, or one that started at another time, or the machine did. No clock
 decides, so hosts whose clocks differ agree.
 
+# Note [taking over]
+Whoever finds a lock of a process that is gone must not simply remove it: by then it may
+be that of a third. So there is one claim for each such holder, a file which only one
+process can create. The one that has it looks at the lock again, and replaces it in one
+move, so that there is a lock at any time. The claim of a process that is gone is taken
+over like a lock.
+
 Chapter: runs/checkpointing.
 """
 
@@ -15,6 +22,7 @@ import json
 import os
 import socket
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,10 +77,11 @@ def take_lock(folder: str | os.PathLike[str]) -> bool:
             return False
         if holder and _is_alive(holder, me):
             break
-        if holder or attempt >= _NUM_TRIES // 2:
-            _remove_stale(path, holder)
-        else:
-            time.sleep(_PAUSE_S)  # it may be written just now
+        # One that says nothing may be written just now.
+        is_gone = bool(holder) or attempt >= _NUM_TRIES // 2
+        if is_gone and _take_over(path, holder, me):
+            return True
+        time.sleep(_PAUSE_S)
     raise _refused(folder, _read(path))
 
 
@@ -87,14 +96,28 @@ def _create(path: Path, me: dict[str, Any]) -> None:
         os.close(fd)
 
 
-def _remove_stale(path: Path, holder: dict[str, Any]) -> None:
-    """Remove a lock, unless another process has taken it over meanwhile."""
-    aside = path.with_name(f"{path.name}-{socket.gethostname()}-{os.getpid()}")
-    with suppress(FileNotFoundError):
-        path.rename(aside)
-        if _read(aside) != holder and not path.exists():
-            aside.rename(path)
-        aside.unlink(missing_ok=True)
+def _take_over(path: Path, holder: dict[str, Any], me: dict[str, Any]) -> bool:
+    """Put this process in the place of a holder who is gone; see Note [taking over]."""
+    claim = path.with_name(f"{path.name}-{zlib.crc32(_text(holder).encode()):08x}")
+    try:
+        _create(claim, me)
+    except FileExistsError:
+        rival = _read(claim)
+        if not rival or _is_alive(rival, me) or not _take_over(claim, rival, me):
+            return False
+    try:
+        if _read(path) != holder:
+            return False
+        mine = claim.with_name(f"{claim.name}-mine")
+        mine.write_text(_text(me))
+        mine.replace(path)
+        return True
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _text(holder: dict[str, Any]) -> str:
+    return json.dumps(holder, sort_keys=True)
 
 
 def give_lock_back(folder: str | os.PathLike[str]) -> None:

@@ -342,7 +342,7 @@ def test_bad_input_raises_on_every_rank(world2):
         "at least one byte",
         "takes one, such as mesh['dp']",
         "belongs to another DataParallel already",
-        "to_empty",
+        "materialize(model)",
         "1 trainable elements cannot be cut over 2 ranks",
         "holds another model",
         "LBFGS cannot update slices",

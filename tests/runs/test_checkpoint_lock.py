@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,10 @@ take_lock(sys.argv[1])
 print("holds", flush=True)
 sys.stdin.read()
 """
+
+
+def ended(*_):
+    raise KeyboardInterrupt
 
 
 def change(folder, **fields):
@@ -115,11 +120,21 @@ def test_the_lock_of_another_is_not_given_back(tmp_path):
     assert (tmp_path / ".lock").exists()
 
 
+@pytest.mark.parametrize("claimed", [False, True])
+@pytest.mark.parametrize("attempt", range(5))
 def test_of_many_that_find_a_lock_of_one_who_is_gone_one_takes_it(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, claimed, attempt
 ):
     take_lock(tmp_path)
     change(tmp_path, pid=2**30)
+    if claimed:  # by one that has ended before it could take the lock
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", ended)
+            patch.setattr(Path, "unlink", lambda path, missing_ok: None)
+            with pytest.raises(KeyboardInterrupt):
+                take_lock(tmp_path)
+        (claim,) = tmp_path.glob(".lock-????????")
+        claim.write_text(json.dumps(json.loads(claim.read_text()) | {"pid": 2**30}))
     # Each thread stands for a process of its own.
     whoami = checkpoint_lock._who_am_i
     mine = lambda: whoami() | {"started": threading.current_thread().name}
@@ -140,3 +155,4 @@ def test_of_many_that_find_a_lock_of_one_who_is_gone_one_takes_it(
     for thread in threads:
         thread.join()
     assert sorted(taken) == [False] * 7 + [True]
+    assert [path.name for path in tmp_path.glob(".lock*")] == [".lock"]
