@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from labpkg.bench.measure import Sample, alternate, compare
@@ -72,7 +72,7 @@ def rows(*, quick: bool = False) -> list[dict[str, Any]]:
     return found + [{**row, "gb_per_s": None} for row in stalled]
 
 
-def _trained(quick: bool) -> tuple[nn.Module, Optimizer, Callable[[], object]]:
+def _trained(quick: bool) -> tuple[DataParallel, Optimizer, Callable[[], object]]:
     """Return a model, its optimizer after a step, and a step."""
     config = SMALL if quick else LARGE
     mesh = make_mesh(dp=_NUM_RANKS)["dp"]
@@ -126,22 +126,28 @@ def _copying(source: Path, num_bytes: int) -> Callable[[], None]:
     return copy
 
 
-def _state_for_torch(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+def _state_for_torch(model: DataParallel, optimizer: Optimizer) -> dict[str, Any]:
+    # By names: numbers of parameters would come back as text, beside the old ones.
+    found = get_state_dict(model.module, optimizer)
+    return dict(zip(("model", "optimizer"), found, strict=True))
 
 
-def _save_by_torch(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+def _save_by_torch(path: Path, model: DataParallel, optimizer: Optimizer) -> None:
     with warnings.catch_warnings(action="ignore"):  # what it says of its own parts
         writer = dcp.FileSystemWriter(path, overwrite=True)
         dcp.save(_state_for_torch(model, optimizer), storage_writer=writer)
 
 
-def _load_by_torch(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+def _load_by_torch(path: Path, model: DataParallel, optimizer: Optimizer) -> None:
     state = _state_for_torch(model, optimizer)
     with warnings.catch_warnings(action="ignore"):
         dcp.load(state, storage_reader=dcp.FileSystemReader(path))
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    set_state_dict(
+        model.module,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
 
 
 def _measure_stalls(folder: Path, quick: bool) -> dict[str, list[Sample]]:

@@ -19,7 +19,7 @@ def test_views_and_changes_in_place_occupy_nothing():
         del x
         assert live.now == 400  # y is a view of it
         del y
-        torch.empty(1000, device="meta") + 1
+        _ = torch.empty(1000, device="meta") + 1
     assert (live.now, live.peak) == (0, 400)
 
 
