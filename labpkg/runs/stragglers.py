@@ -60,7 +60,7 @@ class Stragglers(Callback):
         window: Steps between two reports.
 
     Attributes:
-        found: All `Straggler`s so far.
+        found: Every `Straggler` so far.
         own_s: Each rank's own seconds in a step of the last window, in rank order.
 
     Raises:
