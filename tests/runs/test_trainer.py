@@ -315,6 +315,7 @@ def test_a_run_that_is_complete_elsewhere_is_saved_here_too(tmp_path):
     here = _run(_digits(tmp_path / "here", steps=2, resume=first.checkpoint))
     assert (here.history, here.first_step_time) == ([], None)
     assert here.checkpoint == str(tmp_path / "here" / "checkpoints" / "step_000002")
+    assert here.sample == ""  # this model writes no text
     assert _distance(here, first) == 0
     assert here.validation_loss == first.validation_loss
 
