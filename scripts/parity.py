@@ -216,7 +216,8 @@ def _largest(row: dict[str, Any]) -> float:
 def _worst(rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> str:
     """Return the largest value of the runs in float64, or a dash if there are none."""
     values = [value(row) for row in rows if not row["bf16"]]
-    return f"{max(values):.2g}" if values else "–"
+    # A hyphen that does not end a line: cells are narrow.
+    return f"{max(values):.2g}".replace("-", "\u2011") if values else "–"
 
 
 def _part_of_bound(rows: list[dict[str, Any]]) -> str:
