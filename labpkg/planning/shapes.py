@@ -24,8 +24,8 @@ class ModelShape:
     The counted model is the one of `labpkg.GPT`: learned positions, pre-norm blocks
     with one norm weight each, a final norm, no bias anywhere. With `gated_mlp` the
     feed-forward part has three matrices (gate, up, down) instead of two; with fewer
-    `num_kv_heads` than `num_heads` keys and values are narrower. A model with rotary
-    positions has `sequence_length * width` parameters fewer than counted here.
+    `num_kv_heads` than `num_heads` keys and values are narrower. Rotary positions have
+    no parameters: `learned_positions=False`.
 
     Args:
         num_layers: L, blocks.
@@ -37,6 +37,7 @@ class ModelShape:
         sequence_length: T, positions.
         tied: whether the output matrix is the token embedding.
         gated_mlp: whether the feed-forward part has a gate matrix.
+        learned_positions: whether each position has an embedding.
 
     Raises:
         ValueError: if a size is smaller than 1 or does not divide.
@@ -51,11 +52,12 @@ class ModelShape:
     sequence_length: int
     tied: bool
     gated_mlp: bool
+    learned_positions: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("tied", "gated_mlp") and value < 1:
+            if field.type != "bool" and value < 1:
                 raise ValueError(
                     f"{field.name} must be at least 1, got {value}; choose a positive "
                     "size"
@@ -80,10 +82,11 @@ class ModelShape:
     def num_parameters(self) -> int:
         """Count every trainable number, a tied matrix once.
 
-        Embeddings V D + T D, per block 2 D norm weights and its matrices, the final
-        norm D, and V D more for an untied output.
+        Embeddings V D, and T D if positions are learned; per block 2 D norm weights and
+        its matrices; the final norm D, and V D more for an untied output.
         """
-        embeddings = (self.vocab_size + self.sequence_length) * self.width
+        positions = self.sequence_length if self.learned_positions else 0
+        embeddings = (self.vocab_size + positions) * self.width
         output = 0 if self.tied else self.vocab_size * self.width
         block = self._matrix_elements_per_layer + 2 * self.width
         return embeddings + self.num_layers * block + self.width + output
