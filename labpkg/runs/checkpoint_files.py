@@ -21,6 +21,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from torch import Tensor
 FORMAT = "labpkg-checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
-_CHUNK_BYTES = 2**20  # stays in the cache between checksum and write
+_CHUNK_BYTES = 2**20  # stays in the cache between reading and checksum
 _OFFSETS = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint looks
 _NAMES = {
     torch.float64: "F64",
@@ -146,42 +147,31 @@ def write_tensors(path: Path, pieces: Iterable[tuple[Piece, Tensor]]) -> dict[st
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    file = _ChecksummedFile(path)
+    num_bytes = 8 + len(text) + end
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        file.reserve(8 + len(text) + end)
-        file.write(memoryview(len(text).to_bytes(8, "little") + text))
+        if hasattr(os, "posix_fallocate"):  # faster, and a full disk is found at once
+            os.posix_fallocate(fd, 0, num_bytes)
+        _write(fd, memoryview(len(text).to_bytes(8, "little") + text))
         for _, tensor in ordered:
             flat = tensor.detach().cpu().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
-        os.fsync(file.fd)
+            _write(fd, flat.view(torch.uint8).numpy().data)
+        # The disk takes long, and needs no processor.
+        with ThreadPoolExecutor(1) as pool:
+            checksum = pool.submit(_size_and_checksum, path)
+            os.fsync(fd)
     finally:
-        os.close(file.fd)
+        os.close(fd)
     return {
-        "bytes": file.num_bytes,
-        "crc32": file.checksum,
+        "bytes": num_bytes,
+        "crc32": checksum.result()[1],
         "pieces": {p.name: [list(p.offsets), list(p.sizes)] for p, _ in ordered},
     }
 
 
-class _ChecksummedFile:
-    """A new file, and the checksum of what was written to it."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self.num_bytes = self.checksum = 0
-
-    def reserve(self, num_bytes: int) -> None:
-        """Take the room at once, which is faster and finds a full disk at once."""
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self.fd, 0, num_bytes)
-
-    def write(self, data: memoryview) -> None:
-        for first in range(0, len(data), _CHUNK_BYTES):
-            chunk = data[first : first + _CHUNK_BYTES]
-            self.checksum = zlib.crc32(chunk, self.checksum)
-            self.num_bytes += len(chunk)
-            while chunk:
-                chunk = chunk[os.write(self.fd, chunk) :]
+def _write(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -268,14 +258,9 @@ def verify_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> str | No
     Returns:
         What is wrong with the first that is damaged, or None.
     """
-    buffer = bytearray(_CHUNK_BYTES)
     for name, expected in files.items():
-        num_bytes = checksum = 0
         try:
-            with open(path / name, "rb", buffering=0) as file:
-                while n := file.readinto(buffer):
-                    checksum = zlib.crc32(memoryview(buffer)[:n], checksum)
-                    num_bytes += n
+            num_bytes, checksum = _size_and_checksum(path / name)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if num_bytes != expected["bytes"]:
@@ -283,6 +268,16 @@ def verify_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> str | No
         if checksum != expected["crc32"]:
             return f"{name} is damaged (its CRC-32 differs)"
     return None
+
+
+def _size_and_checksum(path: Path) -> tuple[int, int]:
+    buffer = bytearray(_CHUNK_BYTES)
+    num_bytes = checksum = 0
+    with open(path, "rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            checksum = zlib.crc32(memoryview(buffer)[:n], checksum)
+            num_bytes += n
+    return num_bytes, checksum
 
 
 def bad(path: Path, why: str) -> ValueError:
