@@ -62,7 +62,7 @@ figures: $(READY)  ## draw the figures that no notebook draws
 	@$(STEP) -q "Draw the chapter map" $(BIN)/python scripts/chapter_map.py
 
 laws: $(READY)  ## hold every engine to its laws, write what they measure into the book
-	@$(STEP) "Measure the laws of every engine" $(BIN)/python -m pytest -q \
+	@$(STEP) "Measure the laws of every engine" $(BIN)/python -m pytest -q -m "soak or not soak" \
 	  --laws book/data/laws.json tests/parallelism/test_laws.py
 	@$(STEP) -q "Write the page of the laws" $(BIN)/python scripts/laws.py
 
