@@ -94,6 +94,13 @@ from labpkg.check.pipeline_exercises import (
     peak_in_flight,
 )
 from labpkg.check.pipeline_step_exercises import micro_batch_gradients, step_time
+from labpkg.check.planner_exercises import (
+    first_fit,
+    most_replicas,
+    pareto_front,
+    plan_regret,
+    rank_correlation,
+)
 from labpkg.check.ranks_exercises import (
     first_failure,
     global_rank,
@@ -175,6 +182,7 @@ __all__ = [
     "finish_times",
     "first_drift",
     "first_failure",
+    "first_fit",
     "first_mismatch",
     "fit_alpha_beta",
     "global_rank",
@@ -192,6 +200,7 @@ __all__ = [
     "mesh_grad_norm",
     "micro_batch_gradients",
     "momentum_step",
+    "most_replicas",
     "multi_head",
     "network_bytes",
     "new_enough",
@@ -202,12 +211,15 @@ __all__ = [
     "overlap",
     "owned_ranges",
     "padded_indices",
+    "pareto_front",
     "peak_in_flight",
+    "plan_regret",
     "position_noise",
     "possible_meshes",
     "qkv_rows",
     "range_boxes",
     "rank_batch",
+    "rank_correlation",
     "rank_variables",
     "ranks_per_gpu",
     "repeated_steps",
