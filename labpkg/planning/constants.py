@@ -1,0 +1,111 @@
+"""The fitted numbers of the planner: few, named, each with a meaning and a range.
+
+Everything else that a prediction needs is arithmetic, or a number of the hardware with
+its source. `scripts/calibrate.py` fits the defaults of the first group on published
+training runs and writes how far held-out predictions are from measurements. No number
+belongs to a model, a row or a number of nodes.
+
+Standard library only. Chapter: planning/planner.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+
+class Range(NamedTuple):
+    """What a fitted number means, and between which values it is plausible.
+
+    Attributes:
+        meaning: What it stands for.
+        unit: Its unit; `1` for a ratio.
+        low: The smallest plausible value.
+        high: The largest.
+    """
+
+    meaning: str
+    unit: str
+    low: float
+    high: float
+
+
+def _fitted(value: float, meaning: str, unit: str, low: float, high: float) -> float:
+    return field(default=value, metadata={"range": Range(meaning, unit, low, high)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Constants:
+    """Hold the fitted numbers of the time and of the memory model.
+
+    `constant_ranges` says what each means, with its unit and its plausible range.
+
+    Raises:
+        ValueError: If a number is outside its plausible range.
+    """
+
+    # Time
+    matmul_efficiency: float = _fitted(
+        0.75,
+        "matrix products of a training step, as a share of the best large product",
+        "1",
+        0.4,
+        1.0,
+    )
+    activation_passes: float = _fitted(
+        40.0,
+        "passes of norms, activation functions, residual sums and copies over a tensor "
+        "of the width, forward and backward of one layer",
+        "1",
+        10,
+        100,
+    )
+    launch_s: float = _fitted(
+        2.2e-3,
+        "host time to launch forward and backward of one layer, undivided",
+        "s",
+        5e-4,
+        5e-3,
+    )
+    optimizer_passes: float = _fitted(
+        3.0,
+        "passes of step, clipping and bookkeeping over the 16 bytes of state of each "
+        "parameter",
+        "1",
+        1,
+        10,
+    )
+    overlap: float = _fitted(
+        0.3,
+        "share of the last backward that hides the traffic of data parallelism",
+        "1",
+        0,
+        1,
+    )
+    pipeline_wait: float = _fitted(
+        7.0,
+        "steps of a network ring for which each step of a tensor-parallel ring waits "
+        "while the messages of a pipeline cross the network",
+        "1",
+        0,
+        20,
+    )
+
+    def __post_init__(self) -> None:
+        for name, known in constant_ranges().items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and known.low <= value <= known.high):
+                raise ValueError(
+                    f"{name}={value} must be between {known.low} and {known.high} "
+                    f"({known.unit}): {known.meaning}"
+                )
+
+
+def constant_ranges() -> dict[str, Range]:
+    """Return for each fitted number its meaning, unit and plausible range."""
+    return {entry.name: entry.metadata["range"] for entry in fields(Constants)}
+
+
+FITTED = Constants()
+"""The fitted numbers; `scripts/calibrate.py` says how they were found."""
