@@ -20,6 +20,7 @@ from labpkg.plot.matrices import confusion
 from labpkg.plot.meshes import mesh
 from labpkg.plot.pieces import pieces
 from labpkg.plot.players import player
+from labpkg.plot.predictions import predicted, terms
 from labpkg.plot.records import recorded
 from labpkg.plot.schedules import pipeline, schedule, schedule_player
 from labpkg.plot.timelines import timeline
@@ -35,11 +36,13 @@ __all__ = [
     "pieces",
     "pipeline",
     "player",
+    "predicted",
     "recorded",
     "schedule",
     "schedule_player",
     "spectrum",
     "style",
+    "terms",
     "time_by_size",
     "timeline",
 ]
