@@ -101,6 +101,13 @@ from labpkg.check.planner_exercises import (
     plan_regret,
     rank_correlation,
 )
+from labpkg.check.planning_memory_exercises import (
+    best_interval,
+    largest_micro_batch,
+    logit_pieces,
+    peak_of_lifetimes,
+    stage_bytes,
+)
 from labpkg.check.ranks_exercises import (
     first_failure,
     global_rank,
@@ -156,6 +163,7 @@ __all__ = [
     "axis_groups",
     "batch_time",
     "best_cut",
+    "best_interval",
     "binary_scores",
     "broadcast_gradient",
     "bucket_sizes",
@@ -191,8 +199,10 @@ __all__ = [
     "halving_doubling",
     "hang_suspect",
     "label_smoothing",
+    "largest_micro_batch",
     "linear_schedule",
     "local_sgd",
+    "logit_pieces",
     "lost_way",
     "mean_of_used",
     "merge_attention",
@@ -213,6 +223,7 @@ __all__ = [
     "padded_indices",
     "pareto_front",
     "peak_in_flight",
+    "peak_of_lifetimes",
     "plan_regret",
     "position_noise",
     "possible_meshes",
@@ -236,6 +247,7 @@ __all__ = [
     "softmax",
     "spikes",
     "stability_limit",
+    "stage_bytes",
     "stage_speedup",
     "standardize",
     "step_starts",
