@@ -271,6 +271,23 @@ def _bench(argv: list[str]) -> int:
     return 0
 
 
+# tables of jobs --------------------------------------------------------------------
+
+
+def _predict(argv: list[str]) -> int:
+    """Predict speed and memory of jobs: labpkg predict CONFIGS.csv --out PRED.csv."""
+    from labpkg import table_commands
+
+    return table_commands.predict(argv)
+
+
+def _score(argv: list[str]) -> int:
+    """Score predictions: labpkg score PRED.csv MEASURED.csv."""
+    from labpkg import table_commands
+
+    return table_commands.score(argv)
+
+
 # ranks -----------------------------------------------------------------------------
 
 
@@ -318,6 +335,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "doctor": _doctor,
     "bench": _bench,
+    "predict": _predict,
+    "score": _score,
 }
 
 if __name__ == "__main__":
