@@ -92,6 +92,38 @@ class Constants:
         20,
     )
 
+    # Memory
+    activation_copies: float = _fitted(
+        1.32,
+        "bytes that a layer keeps, as a multiple of what backward needs: copies and "
+        "casts of kernels, holes between tensors",
+        "1",
+        1.0,
+        1.8,
+    )
+    logit_copies: float = _fitted(
+        3.3,
+        "float32 tensors of the logits that the loss has at once, with its gradient",
+        "1",
+        1.0,
+        5.0,
+    )
+    workspace_bytes: float = _fitted(
+        0.8e9,
+        "workspaces of matrix products and buffers of any model",
+        "bytes",
+        0.0,
+        2e9,
+    )
+    reserved_memory: float = _fitted(
+        0.06,
+        "share of a GPU's memory that tensors cannot fill: context, communication, "
+        "holes",
+        "1",
+        0.0,
+        0.15,
+    )
+
     def __post_init__(self) -> None:
         for name, known in constant_ranges().items():
             value = getattr(self, name)

@@ -1,0 +1,353 @@
+"""Peak memory of a training job on its fullest GPU, term by term.
+
+Contract: bytes of tensors that are allocated at the same time, as
+`torch.cuda.max_memory_allocated` reports them; 1 GiB is 2^30 bytes. What is arithmetic
+is exact and has no fitted number: elements of a stage, bytes of their state
+(`state_bytes`), numbers that a layer keeps (`layer_activation_bytes`), micro-batches
+that a schedule keeps (`in_flight`). `Constants` adds what kernels and the allocator
+cost beyond that. Mixed precision keeps half weights, float32 gradients, and a float32
+copy and two moments for AdamW: 18 bytes for each parameter.
+
+Letters: B micro-batch, T sequence, D width, F feed-forward, N heads, H head width, L
+layers, V vocabulary, P ranks of the pipeline, M micro-batches. Standard library only.
+
+Chapters: planning/memory, planning/planner. References: Rajbhandari et al. 2020,
+arXiv:1910.02054; Korthikanti et al. 2022, arXiv:2205.05198; Narayanan et al. 2021,
+arXiv:2104.04473; Dao et al. 2022, arXiv:2205.14135 (no attention scores).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from labpkg.planning.configuration import Configuration
+from labpkg.planning.constants import FITTED, Constants
+from labpkg.planning.hardware import Hardware
+from labpkg.planning.stages import (
+    StageShare,
+    layer_elements,
+    stage_elements,
+    stage_shares,
+    stages_of_rank,
+    stages_per_rank,
+)
+from labpkg.planning.terms import Term
+
+_FULL = 4  # bytes of float32
+
+
+class StateBytes(NamedTuple):
+    """What one parameter, or a stage of them, keeps between steps.
+
+    Attributes:
+        weights: What the layers compute with.
+        gradients: Sums over micro-batches.
+        optimizer: Moments of AdamW, and the float32 copy of half weights.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+@dataclass(frozen=True, slots=True)
+class PeakMemory:
+    """Peak memory of one rank of the pipeline.
+
+    Args:
+        rank: On the axis pp; the fullest one if `peak_memory` made it.
+        terms: Summands in bytes.
+    """
+
+    rank: int
+    terms: tuple[Term, ...]
+
+    @property
+    def num_bytes(self) -> float:
+        """The peak, the sum of the terms."""
+        return sum(term.value for term in self.terms)
+
+
+def peak_memory(
+    configuration: Configuration, constants: Constants = FITTED
+) -> PeakMemory:
+    """Return the memory of the fullest GPU of a job.
+
+    In a pipeline this is the first rank, which has the embedding and keeps most
+    micro-batches, or the one with the head, which has the logits.
+
+    Args:
+        configuration: The job.
+        constants: The fitted numbers.
+
+    Returns:
+        The terms of that GPU.
+    """
+    ranks = {0, _head_rank(configuration)}
+    parts = {rank: _parts(configuration, rank, constants) for rank in sorted(ranks)}
+    worst = max(parts, key=lambda rank: sum(parts[rank]))
+    return PeakMemory(worst, _terms(configuration, worst, parts[worst]))
+
+
+def usable_bytes(hardware: Hardware, constants: Constants = FITTED) -> float:
+    """Return what tensors can fill of a GPU's memory.
+
+    The rest holds the context, buffers of NCCL, and holes between tensors.
+
+    Args:
+        hardware: The GPU.
+        constants: The fitted numbers.
+    """
+    return hardware.memory_bytes * (1 - constants.reserved_memory)
+
+
+def state_bytes(elements: float, *, precision: str, zero: int, n: int) -> StateBytes:
+    """Return what parameters keep between steps, with AdamW, on one of n ranks.
+
+    In float32 4 + 4 + 8 bytes for each element. In mixed precision 2 + 4 + 12: half
+    weights, float32 gradients, a float32 copy and two moments. At stage 3 the slices
+    are that copy, and half weights exist only while a layer computes.
+
+    Args:
+        elements: Parameters of the rank if nothing is divided.
+        precision: bf16, fp16 or fp32.
+        zero: Stage: 1 divides the optimizer's part, 2 gradients too, 3 weights too.
+        n: Ranks that divide.
+
+    Returns:
+        Bytes of an even cut.
+
+    Reference:
+        Rajbhandari et al. 2020, arXiv:1910.02054; float32 gradients as in Megatron-LM.
+    """
+    weight, gradient, optimizer = 4, 4, 8
+    if precision != "fp32" and zero < 3:
+        weight, optimizer = 2, 12
+    return StateBytes(
+        elements * weight / (n if zero >= 3 else 1),
+        elements * gradient / (n if zero >= 2 else 1),
+        elements * optimizer / (n if zero >= 1 else 1),
+    )
+
+
+def layer_activation_bytes(configuration: Configuration) -> float:
+    """Return what one layer keeps of one micro-batch for backward, on one rank.
+
+    Per token the inputs of its norms and matrices, queries, keys, values and the inputs
+    of the activation function: 8 D + 2 F numbers (4 F with a gate) if keys are as wide
+    as queries, two statistics for each norm, and one log-sum for each head. tp divides
+    what lies inside attention and feed-forward; the other 4 D only with sequence
+    parallelism. Scores are never kept, so selective recomputation saves nothing. With
+    full recomputation only the input stays.
+
+    Args:
+        configuration: The job.
+
+    Returns:
+        Bytes: those that `labpkg.GPT` keeps on the CPU.
+
+    Reference:
+        Korthikanti et al. 2022, arXiv:2205.05198, section 4; log-sums instead of
+        scores: Dao et al. 2022, arXiv:2205.14135.
+    """
+    c = configuration
+    if c.recompute == "full":
+        outside = c.tp if c.cuts_sequence else 1
+        return _tokens(c) * _itemsize(c) * c.model.width / outside
+    return _kept_by_layer(c)
+
+
+def in_flight(configuration: Configuration, rank: int) -> tuple[int, ...]:
+    """Return how many micro-batches a rank keeps at its peak, for each of its stages.
+
+    1F1B keeps min(P - r, M), GPipe all M. The sums are those of
+    `Schedule.peak_in_flight`, but cost nothing for any M.
+
+    Args:
+        configuration: Says the schedule, P and M = `grad_accum_steps`.
+        rank: r, on the axis pp.
+
+    Returns:
+        A number for each stage of the rank, in order of forward.
+    """
+    P, M = configuration.pp, configuration.grad_accum_steps
+    schedule = configuration.schedule
+    if P == 1:
+        return (1,)
+    if schedule == "gpipe":
+        return (M,)
+    if schedule == "zb-h1":
+        return (min(P, M),)
+    if schedule == "zb-v":
+        return min(M, 2 * P - 1 - rank), min(M, rank + 1)
+    v = stages_per_rank(configuration)
+    return (min(P - rank, M),) if v == 1 else _in_flight_interleaved(P, M, v, rank)
+
+
+def _in_flight_interleaved(P: int, M: int, v: int, rank: int) -> tuple[int, ...]:
+    """Fill the stages of a rank group by group, as its warm-up does."""
+    group = -(-M // max(1, M // P))
+    left = min(v * M, (v - 1) * group + 2 * (P - 1 - rank) + 1)
+    counts = [0] * v
+    while left:
+        for stage in range(v):
+            taken = min(group, left)
+            counts[stage] += taken
+            left -= taken
+    return tuple(counts)
+
+
+def rank_memory(
+    configuration: Configuration, rank: int, constants: Constants = FITTED
+) -> PeakMemory:
+    """Return the memory of the GPUs of one rank of the pipeline.
+
+    Args:
+        configuration: The job.
+        rank: On the axis pp.
+        constants: The fitted numbers.
+
+    Returns:
+        Its terms.
+
+    Raises:
+        ValueError: If the pipeline has no such rank.
+    """
+    if not 0 <= rank < configuration.pp:
+        raise ValueError(
+            f"rank={rank} is not in a pipeline of pp={configuration.pp}; choose 0 to "
+            f"{configuration.pp - 1}"
+        )
+    parts = _parts(configuration, rank, constants)
+    return PeakMemory(rank, _terms(configuration, rank, parts))
+
+
+class _Parts(NamedTuple):
+    """Bytes of each term, in order of the terms."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    recomputed: float
+    logits: float
+    gathered: float
+    workspace: float
+
+
+_SOURCES = (
+    ("weights", "arXiv:1910.02054"),
+    ("gradients", "arXiv:1910.02054"),
+    ("optimizer state", "arXiv:1910.02054"),
+    ("activations", "arXiv:2205.05198; fitted: activation_copies"),
+    ("recomputed layer", "arXiv:1604.06174; fitted: activation_copies"),
+    ("logits", "float32 for the loss; fitted: logit_copies"),
+    ("gathered layers", "arXiv:2304.11277"),
+    ("workspace", "fitted: workspace_bytes"),
+)
+
+
+def _parts(c: Configuration, rank: int, constants: Constants) -> _Parts:
+    shares = _shares(c, rank)
+    elements = sum(stage_elements(share, c.model, tp=c.tp) for share in shares)
+    counts = in_flight(c, rank)
+    kept = sum(n * share.num_layers for n, share in zip(counts, shares, strict=True))
+    layer, copies = layer_activation_bytes(c), constants.activation_copies
+    activations, recomputed = kept * layer * copies, 0.0
+    if c.recompute == "full":
+        activations = kept * layer
+        recomputed = _kept_by_layer(c) * copies if kept else 0.0
+    heads = sum(n for n, share in zip(counts, shares, strict=True) if share.head)
+    return _Parts(
+        *state_bytes(elements, precision=c.precision, zero=c.zero, n=c.dp * c.cp),
+        activations=activations + heads * _kept_by_head(c),
+        recomputed=recomputed,
+        logits=_logits(c, heads, constants),
+        gathered=_gathered(c, shares),
+        workspace=constants.workspace_bytes,
+    )
+
+
+def _logits(c: Configuration, micro_batches: int, constants: Constants) -> float:
+    """One float32 copy for each micro-batch in flight, the others for one at a time."""
+    if not micro_batches:
+        return 0.0
+    copy = _FULL * _tokens(c) * c.model.vocab_size / c.tp
+    return copy * (micro_batches - 1 + constants.logit_copies)
+
+
+def _gathered(c: Configuration, shares: Sequence[StageShare]) -> float:
+    """Whole units at stage 3: this and the next one's weights, one's gradients."""
+    if c.zero < 2:
+        return 0.0
+    unit = layer_elements(c.model, tp=c.tp)
+    if any(share.embedding or share.head for share in shares):
+        unit = max(unit, c.model.vocab_size * c.model.width // c.tp)
+    return unit * _itemsize(c) * (3 if c.zero == 3 else 1)
+
+
+def _kept_by_layer(c: Configuration) -> float:
+    model, size = c.model, _itemsize(c)
+    outside = c.tp if c.cuts_sequence else 1
+    keys = max(model.num_kv_heads // c.tp, 1) * model.head_width
+    inner = (4 if model.gated_mlp else 2) * model.ffn_width
+    numbers = (
+        (4 * model.width + 4) / outside + (2 * model.width + inner) / c.tp + 2 * keys
+    )
+    log_sums = max(size, _FULL) * model.num_heads / c.tp
+    return _tokens(c) * (size * numbers + log_sums)
+
+
+def _kept_by_head(c: Configuration) -> float:
+    numbers = (2 * c.model.width + 2) / (c.tp if c.cuts_sequence else 1)
+    return _tokens(c) * _itemsize(c) * numbers
+
+
+def _tokens(c: Configuration) -> float:
+    return c.micro_batch_size * c.model.sequence_length / c.cp
+
+
+def _itemsize(c: Configuration) -> int:
+    return _FULL if c.precision == "fp32" else 2
+
+
+def _shares(c: Configuration, rank: int) -> list[StageShare]:
+    shares = stage_shares(c.model, c.pp * stages_per_rank(c))
+    return [shares[stage] for stage in stages_of_rank(c, rank)]
+
+
+def _head_rank(c: Configuration) -> int:
+    return next(
+        rank
+        for rank in reversed(range(c.pp))
+        if any(share.head for share in _shares(c, rank))
+    )
+
+
+def _terms(c: Configuration, rank: int, parts: _Parts) -> tuple[Term, ...]:
+    shares, counts = _shares(c, rank), in_flight(c, rank)
+    elements = sum(stage_elements(share, c.model, tp=c.tp) for share in shares)
+    layers = "+".join(str(share.num_layers) for share in shares)
+    times = "+".join(map(str, counts))
+    tokens = f"{_tokens(c):.0f} tokens"
+    per = state_bytes(1, precision=c.precision, zero=c.zero, n=1)
+    n = f" / {c.dp * c.cp} ranks"
+    formulas = (
+        f"{per.weights:.0f} x {elements} elements" + n * (c.zero >= 3),
+        f"{per.gradients:.0f} x {elements} elements" + n * (c.zero >= 2),
+        f"{per.optimizer:.0f} x {elements} elements" + n * (c.zero >= 1),
+        f"{layers} layers x {times} micro-batches of {tokens} ({c.recompute} again)",
+        f"one layer, whole, of {tokens}",
+        f"float32 V/tp = {c.model.vocab_size / c.tp:.0f}, {tokens}",
+        "weights of two units and gradients of one, whole",
+        "of any model",
+    )
+    return tuple(
+        Term(name, value, formula, source)
+        for (name, source), value, formula in zip(
+            _SOURCES, parts, formulas, strict=True
+        )
+        if value
+    )
