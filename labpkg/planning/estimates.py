@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 from labpkg.planning.configuration import Configuration
 from labpkg.planning.hardware import Hardware
+from labpkg.planning.memory import peak_memory, usable_bytes
 from labpkg.planning.shapes import ModelShape
+from labpkg.planning.step_time import step_time
 from labpkg.planning.terms import Term, total
 
 
@@ -51,9 +53,14 @@ class Estimate:
         return total(self.memory_terms)
 
     @property
+    def usable_bytes(self) -> float:
+        """Bytes of a GPU that the tensors of a job can fill."""
+        return usable_bytes(self.hardware)
+
+    @property
     def fits(self) -> bool:
-        """Whether the fullest rank stays below what a GPU has to offer."""
-        return self.memory_bytes <= self.hardware.memory_bytes
+        """Whether the fullest rank stays within the usable bytes."""
+        return self.memory_bytes <= self.usable_bytes
 
     @property
     def mfu(self) -> float:
@@ -84,46 +91,6 @@ def estimate(configuration: Configuration, hardware: Hardware) -> Estimate:
     return Estimate(
         configuration=configuration,
         hardware=hardware,
-        time_terms=_time_terms(configuration, hardware),
-        memory_terms=_memory_terms(configuration),
-    )
-
-
-def _time_terms(job: Configuration, hardware: Hardware) -> tuple[Term, ...]:
-    model = job.model
-    rate = 0.7 * hardware.peak_flops[job.precision] * hardware.matmul_fraction
-    passes = 4 / 3 if job.recompute == "full" else 1
-    compute = (
-        passes * model.flops_per_token * job.tokens_per_step / job.world_size / rate
-    )
-    bubble = (job.pp - 1) / (job.num_virtual_stages * job.grad_accum_steps)
-    tokens = job.micro_batch_size * model.sequence_length / job.cp
-    link = hardware.network_bytes_per_s[max(hardware.network_bytes_per_s)]
-    inside = hardware.node_bytes_per_s if job.tp <= job.gpus_per_node else link
-    per_layer = 8 * 2 * tokens * model.width * (job.tp - 1) / job.tp / inside
-    layers = job.grad_accum_steps * model.num_layers / job.pp * per_layer
-    n = job.dp * job.cp
-    held = model.num_parameters / job.tp / job.pp
-    reduced = 2 * 4 * held * (n - 1) / n / (inside if job.nodes == 1 else link)
-    return (
-        Term("compute", compute, "FLOPs / (world size x rate)", "stand-in"),
-        Term("pipeline bubble", compute * bubble, "(P - 1) / (v M)", "stand-in"),
-        Term("tensor parallel", layers, "8 B T D per layer", "stand-in"),
-        Term("data parallel", reduced, "2 (n - 1) / n S", "stand-in"),
-    )
-
-
-def _memory_terms(job: Configuration) -> tuple[Term, ...]:
-    model, n = job.model, job.dp * job.cp
-    held = model.num_parameters / job.tp / job.pp
-    tokens = job.micro_batch_size * model.sequence_length / job.cp
-    width, layers = model.width, model.num_layers / job.pp
-    per_token = 2 * width if job.recompute == "full" else 34 * width / job.tp
-    in_flight = min(job.pp, job.grad_accum_steps)
-    return (
-        Term("weights", 2 * held / (n if job.zero > 2 else 1), "2 N", "stand-in"),
-        Term("gradients", 6 * held / (n if job.zero > 1 else 1), "6 N", "stand-in"),
-        Term("optimizer", 12 * held / (n if job.zero else 1), "12 N", "stand-in"),
-        Term("activations", tokens * per_token * layers * in_flight, "", "stand-in"),
-        Term("logits", 6 * tokens * model.vocab_size / job.tp, "6 B T V", "stand-in"),
+        time_terms=step_time(configuration, hardware).terms,
+        memory_terms=peak_memory(configuration).terms,
     )
