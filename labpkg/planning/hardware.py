@@ -14,8 +14,9 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -69,6 +70,11 @@ class Hardware:
                     f"{name}={value!r} of {self.name!r} must be a positive, finite "
                     "number; give bytes, FLOP/s, bytes/s and seconds"
                 )
+        if int(self.gpus_per_node) != self.gpus_per_node:
+            raise ValueError(
+                f"gpus_per_node={self.gpus_per_node} of {self.name!r} must be a whole "
+                "number"
+            )
         if self.matmul_fraction > 1:
             raise ValueError(
                 f"matmul_fraction={self.matmul_fraction} of {self.name!r} is above 1; "
@@ -115,63 +121,219 @@ class Hardware:
         return listed[max((n for n in listed if n <= nodes), default=min(listed))]
 
 
+# Entries. Estimates say that they are some; everything else was looked up or measured.
+
+_GIB = 2**30
+_SHEETS = {
+    "a100": "datasheet of the A100 (SXM), https://www.nvidia.com/content/dam/en-zz/"
+    "Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf",
+    "h100": "datasheet of the H100, half of what it lists with sparsity, "
+    "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet",
+    "h200": "datasheet of the H200 (SXM), half of what it lists with sparsity, "
+    "https://www.nvidia.com/en-us/data-center/h200/",
+    "b200": "datasheet of HGX B200, half of what it lists with sparsity, "
+    "https://nvdam.widen.net/s/wwnsxrhm2w/blackwell-datasheet-3384703",
+    "mi300x": "datasheet of the MI300X, without sparsity, "
+    "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html",
+}
+_CAPACITY = "total capacity that PyTorch reports when memory runs out"
+_BEKMAN = (
+    "Bekman, Machine Learning Engineering, https://github.com/stas00/ml-engineering"
+)
+_MATMUL = f"best product of a search over shapes in PyTorch, {_BEKMAN}, accelerator"
+_RING = f"all-reduce of 16 GiB on 8 x H200 without SHARP, {_BEKMAN}, network"
+_NCCL = "latency of a ring (Simple) in NCCL's own model, src/graph/tuning.cc"
+_CARDS = f"80 % of the network cards (the best to expect: {_BEKMAN}, network): "
+_DGX = (
+    "8 x 400 Gb/s, https://docs.nvidia.com/dgx-basepod/reference-architecture-"
+    "infrastructure-foundation-enterprise-ai/latest/core-components.html"
+)
+_PLAYBOOK = (
+    "fitted to all-gathers and reduce-scatters of 256 MB on 1 to 64 nodes with "
+    "8 x 50 GB/s each (all 14 points within 21 %): Tazi et al. 2025, The Ultra-Scale "
+    "Playbook, https://huggingface.co/spaces/nanotron/ultrascale-playbook"
+)
+
+
+def _sources(sheet: str, **others: str) -> dict[str, str]:
+    named = ("gpus_per_node", "memory_bytes_per_s", "peak_flops")
+    found = dict.fromkeys(named, _SHEETS[sheet])
+    latencies = {"node_latency_s": _NCCL, "network_latency_s": _NCCL}
+    return {**found, "memory_bytes": _CAPACITY, **latencies, **others}
+
+
+def _flops(half: float, single: float) -> dict[str, float]:
+    return {"bf16": half, "fp16": half, "fp32": single}
+
+
 _H100 = Hardware(
     name="h100",
     gpus_per_node=8,
-    memory_bytes=79.10 * 2**30,
+    memory_bytes=79.1 * _GIB,
     memory_bytes_per_s=3.35e12,
-    peak_flops={"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 66.9e12},
-    matmul_fraction=0.80,
-    node_bytes_per_s=330e9,
+    peak_flops=_flops(989.4e12, 66.9e12),
+    matmul_fraction=0.803,
+    node_bytes_per_s=367.6e9,
     network_bytes_per_s={2: 330e9},
     node_latency_s=3.4e-6,
     network_latency_s=38e-6,
+    sources=_sources(
+        "h100",
+        matmul_fraction=_MATMUL,
+        node_bytes_per_s=f"{_RING}; the H100 has the same NVLink",
+        network_bytes_per_s=_PLAYBOOK,
+        network_latency_s=_PLAYBOOK,
+    ),
 )
 _A100 = Hardware(
     name="a100-80gb",
     gpus_per_node=8,
-    memory_bytes=79.15 * 2**30,
+    memory_bytes=79.14 * _GIB,
     memory_bytes_per_s=2.039e12,
-    peak_flops={"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12},
-    matmul_fraction=0.87,
+    peak_flops=_flops(312e12, 19.5e12),
+    matmul_fraction=0.869,
     node_bytes_per_s=235e9,
-    network_bytes_per_s={2: 185e9},
+    network_bytes_per_s={2: 160e9},
     node_latency_s=3.4e-6,
     network_latency_s=14e-6,
+    sources=_sources(
+        "a100",
+        matmul_fraction=_MATMUL,
+        node_bytes_per_s=f"all-reduce on 8 GPUs, {_BEKMAN}, network",
+        network_bytes_per_s=f"{_CARDS}8 x 200 Gb/s, as the clusters of MosaicML, "
+        "https://github.com/mosaicml/llm-foundry/tree/main/scripts/train/benchmarking",
+    ),
 )
-_A100_40 = Hardware(
+_A100_40 = replace(
+    _A100,
     name="a100-40gb",
-    gpus_per_node=8,
-    memory_bytes=39.39 * 2**30,
+    memory_bytes=42405855232,
     memory_bytes_per_s=1.555e12,
-    peak_flops={"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12},
-    matmul_fraction=0.87,
-    node_bytes_per_s=235e9,
-    network_bytes_per_s={2: 185e9},
-    node_latency_s=3.4e-6,
+    sources={
+        **_A100.sources,
+        "memory_bytes": "deviceQuery of an A100-SXM4-40GB, https://upb-pc2.atlassian.net"
+        "/wiki/spaces/PC2DOK/pages/1900609/NVIDIA+A100+40GB+with+NVLINK",
+    },
+)
+_H200 = replace(
+    _H100,
+    name="h200",
+    memory_bytes=139.8 * _GIB,
+    memory_bytes_per_s=4.8e12,
+    network_bytes_per_s={2: 320e9},
     network_latency_s=14e-6,
+    sources=_sources(
+        "h200",
+        matmul_fraction=f"{_MATMUL}, of the H100 (same chip)",
+        node_bytes_per_s=_RING,
+        network_bytes_per_s=_CARDS + _DGX,
+    ),
+)
+_B200 = replace(
+    _H200,
+    name="b200",
+    memory_bytes=178.35 * _GIB,
+    memory_bytes_per_s=7.67e12,
+    peak_flops=_flops(2250e12, 80e12),
+    matmul_fraction=0.776,
+    node_bytes_per_s=735e9,
+    sources=_sources(
+        "b200",
+        memory_bytes_per_s="7,680 bits at 3,996 MHz, as the driver says (the datasheet "
+        "rounds to 8 TB/s), https://github.com/pytorch/ao/pull/4002",
+        matmul_fraction=_MATMUL,
+        node_bytes_per_s="estimate: twice the H200, as NVLink 5 is twice NVLink 4",
+        network_bytes_per_s=_CARDS + _DGX,
+    ),
+)
+_MI300X = replace(
+    _H200,
+    name="mi300x",
+    memory_bytes=191.98 * _GIB,
+    memory_bytes_per_s=5.3e12,
+    peak_flops=_flops(1307.4e12, 163.4e12),
+    matmul_fraction=0.511,
+    node_bytes_per_s=312.9e9,
+    sources=_sources(
+        "mi300x",
+        matmul_fraction=f"{_MATMUL}, ROCm 6.3",
+        node_bytes_per_s=f"all-reduce of 4 GB on 8 GPUs (2 GPUs alone reach 47.7e9), "
+        f"{_BEKMAN}, network",
+        network_bytes_per_s=f"{_CARDS}8 x 400 Gb/s, {_BEKMAN}, network",
+        node_latency_s=f"{_NCCL} for NVLink; RCCL derives from it",
+    ),
+)
+_H100_PCIE = replace(
+    _H100,
+    name="h100-pcie",
+    memory_bytes_per_s=2.0e12,
+    peak_flops=_flops(756e12, 51e12),
+    matmul_fraction=0.75,
+    node_bytes_per_s=40e9,
+    network_bytes_per_s={2: 35e9},
+    node_latency_s=5.7e-6,
+    network_latency_s=14e-6,
+    sources=_sources(
+        "h100",
+        matmul_fraction="estimate: the H100 SXM, times PCIe over SXM of the A100 "
+        f"(81.1 / 86.9), {_BEKMAN}, accelerator",
+        node_bytes_per_s="8 cards without bridges, 35 to 45 GB/s, "
+        "https://docs.alayanew.com/en/docs/tech-blog/2026-05-06-nccl-tests",
+        network_bytes_per_s="all-reduce on 2 nodes of 8 H200 NVL with 4 x 400 Gb/s, "
+        "https://kubernetes.recipes/recipes/ai/nccl-all-reduce-perf-benchmark-multi-node",
+    ),
+)
+_H100_NVL = replace(
+    _H100_PCIE,
+    name="h100-nvl",
+    memory_bytes=93.0 * _GIB,
+    memory_bytes_per_s=3.9e12,
+    peak_flops=_flops(835.5e12, 60e12),
+)
+_LAPTOP = Hardware(
+    name="laptop",
+    gpus_per_node=2,
+    memory_bytes=8 * _GIB,
+    memory_bytes_per_s=20e9,
+    peak_flops=_flops(100e9, 100e9),
+    matmul_fraction=1.0,
+    node_bytes_per_s=2e9,
+    network_bytes_per_s={2: 0.1e9},
+    node_latency_s=0.3e-3,
+    network_latency_s=1e-3,
 )
 
 HARDWARE: Mapping[str, Hardware] = MappingProxyType(
-    {entry.name: entry for entry in (_H100, _A100, _A100_40)}
+    {
+        entry.name: entry
+        for entry in (
+            *(_A100, _A100_40),
+            *(_H100, _H100_PCIE, _H100_NVL, _H200, _B200, _MI300X, _LAPTOP),
+        )
+    }
 )
+
+
+_ALIASES = {"a100": "a100-80gb", "h100-sxm": "h100", "h100-80gb": "h100"}
 
 
 def find_hardware(name: str) -> Hardware:
     """Return the entry of a name, or the one that a JSON file describes.
 
     Args:
-        name: A key of `HARDWARE` in any case, or the path of a file that ends in
-            `.json`, as `hardware_json` writes it.
+        name: A key of `HARDWARE` in any case, spaces and underscores for hyphens, or
+            `a100`, `h100-sxm`; or the path of a file that ends in `.json`, as
+            `hardware_json` and `labpkg bench hardware --json` write it.
 
     Raises:
         ValueError: If there is no such entry, or the file is none.
     """
     if name.lower().endswith(".json"):
         return _read(Path(name))
-    found = HARDWARE.get(name.lower())
+    wanted = re.sub(r"[\s_]+", "-", name.strip().lower())
+    found = HARDWARE.get(_ALIASES.get(wanted, wanted))
     if found is None:
-        near = difflib.get_close_matches(name.lower(), HARDWARE, n=3, cutoff=0.4)
+        near = difflib.get_close_matches(wanted, HARDWARE, n=3, cutoff=0.4)
         raise ValueError(
             f"hardware {name!r} is unknown; choose one of {', '.join(near or HARDWARE)}"
             ", or give a file NAME.json"
