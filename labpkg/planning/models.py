@@ -8,9 +8,9 @@ Megatron have 11 vectors of width D per layer and one at the end beside their ma
 Standard library only. Chapter: planning/planner. References: Radford et al. 2019
 (GPT-2); Brown et al. 2020, arXiv:2005.14165 (GPT-3); Touvron et al. 2023,
 arXiv:2302.13971 and arXiv:2307.09288 (Llama, Llama 2); Grattafiori et al. 2024,
-arXiv:2407.21783 (Llama 3); Jiang et al. 2023, arXiv:2310.06825 (Mistral); MosaicML 2023,
-https://github.com/mosaicml/llm-foundry/tree/main/scripts/train/yamls/pretrain (MPT);
-Korthikanti et al. 2022, arXiv:2205.05198, Table 3 (Megatron).
+arXiv:2407.21783 (Llama 3 and 3.1); Jiang et al. 2023, arXiv:2310.06825 (Mistral);
+MosaicML 2023, https://github.com/mosaicml/llm-foundry/tree/main/scripts/train/yamls/
+pretrain (MPT); Korthikanti et al. 2022, arXiv:2205.05198, Table 3 (Megatron).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ MODEL_SHAPES: Mapping[str, ModelShape] = MappingProxyType(
         "megatron-1t": _gpt(128, 25600, 160, **_MEGATRON),
     }
 )
-"""What `find_model` knows, each with the length of sequence that it was trained with."""
+"""What `find_model` knows, each with the length of its sequences in training."""
 
 # The first Llama had no 70B; whoever says so means Llama 2.
 _ALIASES = {"llama-70b": "llama2-70b", "gpt2-small": "gpt2", "gpt3": "gpt3-175b"}
@@ -121,7 +121,8 @@ def find_model(name: str) -> ModelShape:
         ValueError: If the library does not know it.
     """
     wanted = re.sub(r"[\s_]+", "-", name.strip().lower())
-    wanted = re.sub(r"^(llama|gpt)-(\d)(?=-|$)", r"\1\2", wanted)  # llama-2-7b
+    wanted = re.sub(r"^(llama|gpt)-(\d)(?=[-.]|$)", r"\1\2", wanted)  # llama-2-7b
+    wanted = wanted.replace("llama3.1-", "llama3-")  # the same shapes
     found = MODEL_SHAPES.get(_ALIASES.get(wanted, wanted))
     if found is None:
         near = difflib.get_close_matches(wanted, MODEL_SHAPES, n=3, cutoff=0.4)
