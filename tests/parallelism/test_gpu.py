@@ -13,26 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import labpkg as lab
+from tests.gpus import PLACES
 
-NUM_GPUS = torch.cuda.device_count()
 CONFIG = {"num_layers": 2, "width": 32, "num_heads": 4, "sequence_length": 16}
 ENGINES = ["data_parallel", "zero 1", "zero 2", "fully_shard"]
 ENGINES += ["tensor", "tensor sequence", "pipeline 1f1b", "pipeline h1"]
-
-
-def on_gpus(world_size, backend, num_gpus):
-    reason = f"needs {num_gpus} GPUs for {backend}, torch sees {NUM_GPUS}"
-    marks = [pytest.mark.gpu, pytest.mark.skipif(num_gpus > NUM_GPUS, reason=reason)]
-    return pytest.param("cuda", world_size, backend, marks=marks)
-
-
-PLACES = [
-    ("cpu", 2, "gloo"),
-    on_gpus(1, "nccl", 1),
-    on_gpus(2, "gloo", 1),
-    on_gpus(4, "gloo", 1),
-    on_gpus(2, "nccl", 2),
-]
 
 
 def gpt(seed: int) -> lab.GPT:

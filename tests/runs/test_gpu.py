@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import labpkg as lab
+from tests import gpus
 
-NUM_GPUS = torch.cuda.device_count()
 LAYOUTS = {
     1: [lab.Layout(), lab.Layout(dp=1, zero=3), lab.Layout(pp=1, schedule="1f1b")],
     2: [lab.Layout(tp=2), lab.Layout(pp=2), lab.Layout(dp=2, zero=2)],
@@ -20,20 +20,7 @@ LAYOUTS = {
 }
 
 
-def on_gpus(world_size, backend, num_gpus):
-    reason = f"needs {num_gpus} GPUs for {backend}, torch sees {NUM_GPUS}"
-    marks = [pytest.mark.gpu, pytest.mark.skipif(num_gpus > NUM_GPUS, reason=reason)]
-    return pytest.param("cuda", world_size, backend, marks=marks)
-
-
-PLACES = [
-    ("cpu", 2, "gloo"),
-    on_gpus(1, "nccl", 1),
-    on_gpus(2, "gloo", 1),
-    on_gpus(4, "gloo", 1),
-    on_gpus(2, "nccl", 2),
-    on_gpus(4, "nccl", 4),
-]
+PLACES = [*gpus.PLACES, gpus.on_gpus(4, "nccl", 4)]
 
 
 def build():
