@@ -4,7 +4,8 @@ Each benchmark is a module of this package with a function `rows(*, quick)`. A r
 `config`, `variant` (`labpkg`, `labpkg:<option>` or the peer's name), `wall_ratio` and
 `cpu_ratio` to the peer's fastest documented setting, the number of quiet `samples`
 behind them, and the absolute `value` with its `unit`. Ratios carry over to other
-machines, values do not. How samples are taken: `labpkg.bench.measure`.
+machines, values do not. How samples are taken: `labpkg.bench.measure`, whose
+`alternate` and `compare` are `bench.alternate` and `bench.compare` for your own code.
 
 Chapter: planning/measuring.
 """
@@ -18,7 +19,12 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from labpkg.bench.measure import Sample as Sample
+    from labpkg.bench.measure import alternate as alternate
+    from labpkg.bench.measure import compare as compare
 
 NAMES = (
     "checkpoint",
@@ -48,6 +54,15 @@ _COLUMNS = (
     "peak_bytes",  # zero and compose
     "predicted_bytes",  # compose only
 )
+
+
+_HARNESS = ("Sample", "alternate", "compare")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HARNESS:  # torch is imported with them, and not for the names above
+        return getattr(importlib.import_module("labpkg.bench.measure"), name)
+    raise AttributeError(f"module 'labpkg.bench' has no attribute {name!r}")
 
 
 class Report(dict[str, Any]):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +33,7 @@ from labpkg.foundations.losses import cross_entropy
 from labpkg.foundations.models import GPT
 from labpkg.foundations.optimizers import AdamW
 from labpkg.parallelism.data_parallel import DataParallel
-from labpkg.processes.collectives import all_reduce
 from labpkg.processes.mesh import make_mesh
-from labpkg.processes.messages import barrier
 from labpkg.processes.world import World
 from labpkg.runs.agreement import own_rank
 from labpkg.runs.checkpoint import PendingSave, load_checkpoint, save_checkpoint
@@ -151,29 +148,24 @@ def _load_by_torch(path: Path, model: DataParallel, optimizer: Optimizer) -> Non
 
 
 def _measure_stalls(folder: Path, quick: bool) -> dict[str, list[Sample]]:
-    """Time steps, and calls that begin to save; writing ends before the next step."""
+    """Time steps, and calls that begin to save; writing ends before the next sample."""
     model, optimizer, step = _trained(quick)
     pending: list[PendingSave] = []
-    begin = lambda: pending.append(
-        save_checkpoint(
-            folder, step=0, model=model, optimizer=optimizer, asynchronous=True
-        )
-    )
-    samples: dict[str, list[Sample]] = {STEP: [], "labpkg:asynchronous save": []}
-    for _ in range(3 if quick else 15):
-        for call, column in zip((step, begin), samples.values(), strict=True):
-            column.append(_timed(call))
-        pending.pop().wait()
+
+    def begin() -> None:
+        both = {"model": model, "optimizer": optimizer}
+        pending.append(save_checkpoint(folder, step=0, **both, asynchronous=True))
+
+    def finish() -> None:
+        while pending:
+            pending.pop().wait()
+
     # The first save takes memory, which the later ones take over.
-    return {name: column[1:] for name, column in samples.items()}
-
-
-def _timed(call: Callable[[], object]) -> Sample:
-    """Measure one call of this thread alone: another one writes meanwhile."""
-    barrier()
-    cpu_s, start_s = time.thread_time(), time.perf_counter()
-    call()
-    wall_s, cpu_s = time.perf_counter() - start_s, time.thread_time() - cpu_s
-    both = torch.tensor([wall_s, cpu_s], dtype=torch.float64)
-    slowest_s, _ = all_reduce(both, op="max").tolist()
-    return Sample(wall_s=slowest_s, cpu_s=all_reduce(both)[1].item())
+    return alternate(
+        {STEP: step, "labpkg:asynchronous save": begin},
+        num_rounds=2 if quick else 14,
+        max_rounds=2 if quick else 42,
+        warm_up=1,
+        sample_s=0.0,
+        settle=finish,
+    )

@@ -8,6 +8,7 @@ is left. The tests of `World` take the faults from here.
 There is no peer to compare with: `wall_ratio` is the share of the time that is wanted,
 `value` the longest of the samples. The time counts from the call of `run` to its error,
 from the interrupt to the prompt, from the death of the kernel to that of the last rank.
+So nothing takes turns, and no median is taken: `labpkg.bench.measure` is not used.
 
 Chapter: processes/ranks.
 """

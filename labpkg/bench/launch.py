@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import math
 import resource
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -23,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from labpkg.bench.measure import Sample, alternate, compare
 from labpkg.processes.collectives import all_reduce
 from labpkg.processes.fork_server import ForkServer
 from labpkg.processes.world import World
@@ -39,73 +37,50 @@ def rows(*, quick: bool = False) -> list[dict[str, Any]]:
         quick: One first launch and few later ones: the form of the answer.
 
     Returns:
-        Rows as in `labpkg.bench.run`, seconds per launch: the peer, the first World
-        (`labpkg:first`), later runs (`labpkg`, the median) and the slow ones among
-        them (`labpkg:p95`). CPU-seconds are those of the processes that were started.
+        Rows as in `labpkg.bench.run`, milliseconds per launch: the peer, the first
+        World (`labpkg:first`), a run after that (`labpkg`), and the slow ones among
+        many such runs (`labpkg:p95`). CPU-seconds are those of all processes.
     """
-    num_first, num_later = (1, 3) if quick else (3, 20)
-    peer = [_measure(_spawn, _children_s) for _ in range(num_first)]
-    first = []
-    for _ in range(num_first):
-        ForkServer.get().close()
-        first.append(_measure(_launch_first, _server_s, starts_at_zero=True))
+    options: dict[str, Any] = {"warm_up": 0, "sample_s": 0.0, "cpu_clock": _family_s}
     with World(_NUM_RANKS, device="cpu") as world:
         launch = lambda: world.run(_work, show=None)
+
+        def launch_first() -> None:
+            ForkServer.get().close()
+            launch()
+
         launch()
-        later = [_measure(launch, _server_s) for _ in range(num_later)]
-    base = _medians(peer)
-    slow = sorted(wall_s for wall_s, _ in later)[math.ceil(0.95 * num_later) - 1]
-    found = {
-        BASE: (len(peer), base),
-        "labpkg:first": (len(first), _medians(first)),
-        "labpkg": (len(later), _medians(later)),
-        "labpkg:p95": (len(later), (slow, _medians(later)[1])),
-    }
-    return [
-        {
-            "config": f"{_NUM_RANKS} ranks on the CPU (gloo), one all_reduce",
-            "variant": name,
-            "wall_ratio": wall_s / base[0],
-            "cpu_ratio": cpu_s / base[1],
-            "samples": num_samples,
-            "value": wall_s,
-            "unit": "s",
-        }
-        for name, (num_samples, (wall_s, cpu_s)) in found.items()
-    ]
+        variants = {BASE: _spawn, "labpkg:first": launch_first, "labpkg": launch}
+        samples = alternate(variants, num_rounds=1 if quick else 5, **options)
+        later = {"labpkg": launch}
+        many = alternate(later, num_rounds=3 if quick else 20, **options)["labpkg"]
+    config = f"{_NUM_RANKS} ranks on the CPU (gloo), one all_reduce"
+    found = compare(samples, base=BASE, config=config)
+    return [*found, _slow(many, of=found[0]["value"], like=found[-1])]
 
 
-def _measure(
-    launch: Callable[[], object],
-    cpu_clock: Callable[[], float],
-    *,
-    starts_at_zero: bool = False,
-) -> tuple[float, float]:
-    """Return wall and CPU-seconds of a launch."""
-    cpu_s = 0.0 if starts_at_zero else cpu_clock()
-    start_s = time.perf_counter()
-    launch()
-    wall_s = time.perf_counter() - start_s
-    return wall_s, cpu_clock() - cpu_s
-
-
-def _medians(samples: list[tuple[float, float]]) -> tuple[float, float]:
-    wall_s, cpu_s = zip(*samples, strict=True)
-    return statistics.median(wall_s), statistics.median(cpu_s)
+def _slow(samples: list[Sample], *, of: float, like: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of the 95th percentile, as a ratio to `of` milliseconds."""
+    walls = sorted(sample.wall_s for sample in samples)
+    slow_ms = walls[math.ceil(0.95 * len(walls)) - 1] * 1e3
+    own = {"variant": "labpkg:p95", "wall_ratio": slow_ms / of, "value": slow_ms}
+    return {**like, **own, "samples": len(walls)}
 
 
 def _work() -> float:
     return all_reduce(torch.ones(1)).item()
 
 
-def _launch_first() -> None:
-    with World(_NUM_RANKS, device="cpu") as world:
-        world.run(_work, show=None)
+def _family_s() -> float:
+    """Return the CPU-seconds of what this process started: the ended, and the server.
 
-
-def _server_s() -> float:
-    times = psutil.Process(ForkServer.get().pid).cpu_times()
-    return times.user + times.system + times.children_user + times.children_system
+    When the server ends, its time moves from the one to the other.
+    """
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    server = psutil.Process(ForkServer.get().pid).cpu_times()
+    alive_s = server.user + server.system
+    alive_s += server.children_user + server.children_system
+    return ended.ru_utime + ended.ru_stime + alive_s
 
 
 def _spawn() -> None:
@@ -119,8 +94,3 @@ def _spawned(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=_NUM_RANKS)
     _work()
     dist.destroy_process_group()
-
-
-def _children_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime

@@ -3,6 +3,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from labpkg import bench
 from labpkg.bench import measure
 from labpkg.bench.measure import MIN_QUIET, Sample, alternate, compare
 
@@ -31,13 +32,59 @@ def test_order_rotates_and_all_are_called_equally_often(world2):
 def test_a_sample_has_calls_enough_to_be_long(monkeypatch, sample_s, num_calls):
     taken = []
 
-    def sample(call, n):
+    def sample(call, n, cpu_clock):
         taken.append(n)
         return quiet(0.02)
 
     monkeypatch.setattr(measure, "_sample", sample)
-    alternate({"a": int, "b": int}, num_rounds=1, sample_s=sample_s)
+    alternate({"a": int, "b": int}, num_rounds=1, warm_up=0, sample_s=sample_s)
     assert taken == [1, 1, num_calls, num_calls]
+    taken.clear()
+    alternate({"a": int, "b": int}, num_rounds=1, warm_up=0, sample_s=0.0)
+    assert taken == [1, 1]  # no call to find out how long one takes
+
+
+def test_one_process_can_be_measured_without_ranks():
+    assert not dist.is_initialized()
+    calls = {"a": lambda: time.sleep(0.002), "b": lambda: time.sleep(0.02)}
+    samples = alternate(calls, num_rounds=3, warm_up=0, sample_s=0.0)
+    assert compare(samples, base="a", config="")[1]["wall_ratio"] > 1.5
+    assert not dist.is_initialized()
+
+
+def test_what_was_begun_is_settled_outside_the_samples():
+    pending, taken = [], []
+
+    def settle():
+        taken.append(len(pending))
+        pending.clear()
+        time.sleep(0.05)
+
+    begin = {"begin": lambda: pending.append(1), "nothing": int}
+    options = {"warm_up": 1, "sample_s": 0.0, "settle": settle}
+    samples = bench.alternate(begin, num_rounds=2, **options)
+    assert taken == [1, 0, 1, 0, 0, 1]  # after the warm-up, two rounds
+    assert max(s.wall_s for column in samples.values() for s in column) < 0.05
+
+
+def test_the_clock_of_cpu_seconds_can_be_another():
+    seconds = iter((10.0, 17.0))
+    options = {"warm_up": 0, "sample_s": 0.0, "cpu_clock": lambda: next(seconds)}
+    (sample,) = alternate({"a": int}, num_rounds=1, **options)["a"]
+    assert sample.cpu_s == 7.0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: alternate({}, num_rounds=3), "0 variants in num_rounds=3"),
+        (lambda: alternate({"a": int}, num_rounds=0), "1 variants in num_rounds=0"),
+        (lambda: compare({"a": []}, base="b", config=""), "base='b' was not measured"),
+    ],
+)
+def test_nothing_to_measure_is_an_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_ranks_agree_on_every_number(world2):
