@@ -1,4 +1,4 @@
-"""The command line: `labpkg train | run | doctor | bench`, also `python -m labpkg`.
+"""The command line: `labpkg COMMAND`, also `python -m labpkg COMMAND`.
 
 A mistake of the user is answered in one line with the remedy and exit code 2; a failure
 of a rank with its traceback and exit code 1; Ctrl-C with one line and exit code 130. A
@@ -274,6 +274,13 @@ def _bench(argv: list[str]) -> int:
 # tables of jobs --------------------------------------------------------------------
 
 
+def _plan(argv: list[str]) -> int:
+    """Choose how a training job is divided: labpkg plan --world-size N."""
+    from labpkg import plan_command
+
+    return plan_command.run(argv)
+
+
 def _predict(argv: list[str]) -> int:
     """Predict speed and memory of jobs: labpkg predict CONFIGS.csv --out PRED.csv."""
     from labpkg import table_commands
@@ -335,6 +342,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "doctor": _doctor,
     "bench": _bench,
+    "plan": _plan,
     "predict": _predict,
     "score": _score,
 }

@@ -25,6 +25,7 @@ LAYERS = {
     "bench": 4,
     "doctor": 4,
     "display": 4,
+    "plan_command": 4,
     "table_commands": 4,
     "__main__": 4,
 }

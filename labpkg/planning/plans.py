@@ -1,0 +1,357 @@
+"""A plan: one way to divide a job that fits, with every number behind it.
+
+A plan explains itself: what a step's seconds and a rank's bytes consist of, and what
+each single change would cost, because the best plan is best only beside its neighbours.
+It also says how the engines of this library run it, or why they cannot.
+
+Standard library only. Chapter: planning/planner. Reference: Narayanan et al. 2021,
+arXiv:2104.04473 (dividing a job over clusters).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import permutations
+from typing import Any
+
+from labpkg.planning.configuration import RECOMPUTE, Configuration
+from labpkg.planning.estimates import Estimate, estimate
+from labpkg.planning.layout import Layout
+from labpkg.planning.terms import Term
+
+_AXES = ("dp", "tp", "pp", "cp")
+_GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One way to run a job on a machine where it fits.
+
+    Args:
+        estimate: What it takes.
+        place: 1 for the fastest plan of the list that `plan` returned, and so on.
+    """
+
+    estimate: Estimate
+    place: int = 1
+
+    @property
+    def configuration(self) -> Configuration:
+        """The job, divided."""
+        return self.estimate.configuration
+
+    def __str__(self) -> str:
+        """Return the division and what it takes, in one line."""
+        return f"{describe(self.configuration)}: {_result(self.estimate)}"
+
+    def layout(self) -> Layout:
+        """Return how `labpkg.compose` runs this plan, for a model of the same sizes.
+
+        Raises:
+            ValueError: If no engine of this library can, with the reason.
+        """
+        problem = next(_obstacles(self.configuration), None)
+        if problem is not None:
+            raise ValueError(problem)
+        job = self.configuration
+        is_pipeline = job.pp > 1
+        return Layout(
+            pp=job.pp,
+            dp=job.dp,
+            tp=job.tp,
+            zero=job.zero if job.dp > 1 else 0,
+            schedule=job.schedule if is_pipeline else None,
+            num_micro_batches=job.grad_accum_steps if is_pipeline else None,
+            num_virtual_stages=job.num_virtual_stages if is_pipeline else 2,
+            sequence_parallel=job.cuts_sequence and job.tp > 1,
+            grad_accum_steps=1 if is_pipeline else job.grad_accum_steps,
+            recompute=job.recompute == "full",
+        )
+
+    def command(self) -> str:
+        """Return the line that divides `labpkg train` in this way, on all its ranks.
+
+        That command trains its own small models; one of these sizes is handed to
+        `labpkg.compose` with the same layout.
+
+        Raises:
+            ValueError: As `layout`.
+        """
+        layout, job = self.layout(), self.configuration
+        options = [f"--{axis} {getattr(layout, axis)}" for axis in ("pp", "dp", "tp")]
+        options += [f"--zero {layout.zero}"] * (layout.zero > 0)
+        if layout.schedule is not None:
+            options += [f"--schedule {layout.schedule}"]
+            options += [f"--num-micro-batches {layout.num_micro_batches}"]
+        if layout.schedule == "interleaved":
+            options += [f"--num-virtual-stages {layout.num_virtual_stages}"]
+        options += ["--sequence-parallel"] * layout.sequence_parallel
+        if layout.grad_accum_steps > 1:
+            options += [f"--grad-accum {layout.grad_accum_steps}"]
+        options += ["--recompute"] * layout.recompute
+        options += [f"--global-batch-size {job.sequences_per_step}"]
+        return " ".join(["labpkg train", *options, f"--precision {job.precision}"])
+
+    def explain(self) -> str:
+        """Return where the seconds and the bytes go, and why the neighbours lost.
+
+        A neighbour differs in one choice: a factor moved from one axis to another, the
+        stage of ZeRO, the micro-batch, recomputation, or the schedule. All of them
+        train on as many tokens in a step.
+        """
+        own = self.estimate
+        hardware = own.hardware
+        lines = [
+            f"{describe(own.configuration)}, on {own.configuration.world_size} x "
+            f"{hardware.name}",
+            _result(own),
+            "",
+            f"Time of a step, {own.step_s:.4g} s:",
+            *_table(own.time_terms, 1, "s"),
+            "",
+            f"Memory of the fullest rank, {own.memory_bytes / _GIB:.1f} GiB of "
+            f"{own.usable_bytes / _GIB:.1f}:",
+            *_table(own.memory_terms, _GIB, "GiB"),
+            "",
+            "Neighbours, that differ in one choice:",
+            *(_verdict(own, other) for other in neighbours(own)),
+            "",
+            _engines(self),
+        ]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as values that JSON knows."""
+        own = self.estimate
+        try:
+            engines = {"command": self.command(), "obstacle": None}
+        except ValueError as problem:
+            engines = {"command": None, "obstacle": str(problem)}
+        return {
+            "place": self.place,
+            "configuration": asdict(own.configuration),
+            "step_s": own.step_s,
+            "tokens_per_s_per_gpu": own.tokens_per_s_per_gpu,
+            "mfu": own.mfu,
+            "memory_bytes": own.memory_bytes,
+            "usable_bytes": own.usable_bytes,
+            "time_terms": [term._asdict() for term in own.time_terms],
+            "memory_terms": [term._asdict() for term in own.memory_terms],
+            **engines,
+        }
+
+
+def format_plans(plans: Sequence[Plan]) -> str:
+    """Return plans as a table for a terminal.
+
+    Args:
+        plans: As `plan` returns them.
+    """
+    head = (
+        *("#", *_AXES, "zero", "micro-batch", "passes", "schedule", "recompute"),
+        *("step", "tokens/s/GPU", "MFU", "memory"),
+    )
+    rows = [head, *(_row(plan) for plan in plans)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+
+
+def _row(plan: Plan) -> tuple[str, ...]:
+    job, own = plan.configuration, plan.estimate
+    return (
+        str(plan.place),
+        *(str(getattr(job, axis)) for axis in (*_AXES, "zero", "micro_batch_size")),
+        str(job.grad_accum_steps),
+        _schedule(job),
+        job.recompute,
+        f"{own.step_s:.4g} s",
+        f"{own.tokens_per_s_per_gpu:,.0f}",
+        f"{own.mfu:.1%}",
+        f"{own.memory_bytes / _GIB:.1f} GiB",
+    )
+
+
+def _schedule(job: Configuration) -> str:
+    if job.pp == 1:
+        return "-"
+    virtual = job.num_virtual_stages
+    return f"{job.schedule} v{virtual}" if virtual > 1 else job.schedule
+
+
+def describe(job: Configuration) -> str:
+    """Return how a job is divided, in one line.
+
+    Args:
+        job: The job.
+    """
+    words = [f"{axis} {size}" for axis in _AXES if (size := getattr(job, axis)) > 1]
+    words = words or ["one GPU"]
+    words += [f"ZeRO {job.zero}"] * (job.zero > 0)
+    words += [_schedule(job)] * (job.pp > 1)
+    words += [f"{job.recompute} recomputation"] * (job.recompute != "none")
+    passes = "micro-batches" if job.pp > 1 else "passes"
+    words += [f"{job.grad_accum_steps} {passes} of size {job.micro_batch_size}"]
+    return ", ".join(words)
+
+
+def _result(own: Estimate) -> str:
+    return (
+        f"{own.step_s:.4g} s a step, {own.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, MFU "
+        f"{own.mfu:.1%}, {own.memory_bytes / _GIB:.1f} GiB"
+    )
+
+
+def _table(terms: Iterable[Term], unit: float, name: str) -> list[str]:
+    terms = sorted((term for term in terms if term.value), key=lambda t: -t.value)
+    whole = sum(term.value for term in terms) or 1.0
+    width = max((len(term.name) for term in terms), default=0)
+    return [
+        f"  {term.name:{width}} {term.value / unit:9.4g} {name} "
+        f"{term.value / whole:5.0%}  {term.formula}  [{term.source}]"
+        for term in terms
+    ]
+
+
+# neighbours --------------------------------------------------------------------------
+
+
+def neighbours(own: Estimate) -> list[Estimate]:
+    """Return estimates of all jobs that differ in one choice, the fastest first.
+
+    Args:
+        own: The estimate of a job.
+    """
+    jobs = dict.fromkeys(_changed_jobs(own.configuration))
+    jobs.pop(own.configuration, None)
+    found = [estimate(job, own.hardware) for job in jobs]
+    return sorted(found, key=lambda other: (not other.fits, other.step_s))
+
+
+def _changed_jobs(job: Configuration) -> Iterator[Configuration]:
+    for change in _changes(job):
+        passes, rest = divmod(
+            job.sequences_per_step,
+            change.get("dp", job.dp)
+            * change.get("micro_batch_size", job.micro_batch_size),
+        )
+        if rest or not passes:
+            continue  # the batch cannot be cut so: no neighbour
+        try:
+            yield replace(job, grad_accum_steps=passes, **change)
+        except ValueError:
+            continue  # heads, layers or the sequence cannot be cut so
+
+
+def _changes(job: Configuration) -> Iterator[dict[str, Any]]:
+    for giving, taking in permutations(_AXES, 2):
+        size = getattr(job, giving)
+        if size == 1 or (taking == "cp" and job.cp == 1):
+            continue
+        factor = next(n for n in range(2, size + 1) if size % n == 0)
+        moved = {giving: size // factor, taking: getattr(job, taking) * factor}
+        if moved.get("pp", job.pp) == 1:
+            moved |= {"schedule": "1f1b", "num_virtual_stages": 1}
+        yield moved
+    yield from ({"zero": zero} for zero in range(4) if job.dp * job.cp > 1)
+    yield from ({"recompute": how} for how in RECOMPUTE)
+    for size in (2 * job.micro_batch_size, job.micro_batch_size // 2):
+        if size:
+            yield {"micro_batch_size": size}
+    if job.pp > 1:
+        yield from schedule_choices(job.model.num_layers, job.pp)
+
+
+def schedule_choices(num_layers: int, num_ranks: int) -> list[dict[str, Any]]:
+    """Return the schedules that are worth comparing, as fields of `Configuration`.
+
+    GPipe is none of them: it takes as long as 1F1B and keeps more.
+
+    Args:
+        num_layers: Of the model.
+        num_ranks: P, ranks of the pipeline.
+    """
+    if num_ranks == 1:
+        return [{"schedule": "1f1b", "num_virtual_stages": 1}]
+    layers = num_layers // num_ranks  # of a rank, at least
+    virtual = [v for v in range(2, layers + 1) if layers % v == 0]
+    choices = [("1f1b", 1), *(("interleaved", v) for v in virtual), ("zb-h1", 1)]
+    choices += [("zb-v", 2)] * (layers > 1)
+    return [{"schedule": name, "num_virtual_stages": v} for name, v in choices]
+
+
+def _verdict(own: Estimate, other: Estimate) -> str:
+    before, after = _choices(own.configuration), _choices(other.configuration)
+    changed = ", ".join(
+        f"{name} {after[name]} for {before[name]}"
+        for name in after
+        if after[name] != before[name] and "-" not in (after[name], before[name])
+    )
+    if not other.fits:
+        return (
+            f"  {changed}: does not fit, {other.memory_bytes / _GIB:.1f} GiB of "
+            f"{other.usable_bytes / _GIB:.1f}"
+        )
+    change = other.step_s / own.step_s - 1
+    word = "slower" if change >= 0 else "faster"
+    reasons = _largest_changes(own.time_terms, other.time_terms)
+    return f"  {changed}: {abs(change):.1%} {word}, {reasons}"
+
+
+def _choices(job: Configuration) -> dict[str, Any]:
+    return {
+        **{axis: getattr(job, axis) for axis in _AXES},
+        "ZeRO": job.zero,
+        "micro-batch": job.micro_batch_size,
+        "schedule": _schedule(job),
+        "recompute": job.recompute,
+    }
+
+
+def _largest_changes(before: Iterable[Term], after: Iterable[Term]) -> str:
+    changes: dict[str, float] = {}
+    for sign, terms in ((-1, before), (1, after)):
+        for term in terms:
+            changes[term.name] = changes.get(term.name, 0.0) + sign * term.value
+    largest = sorted(changes.items(), key=lambda item: -abs(item[1]))[:2]
+    told = [f"{name} {value:+.3g} s" for name, value in largest if value]
+    return " and ".join(told) or "with the same terms"
+
+
+# engines -----------------------------------------------------------------------------
+
+
+def _engines(plan: Plan) -> str:
+    try:
+        return f"Engines of this library: {plan.layout()}; {plan.command()}"
+    except ValueError as problem:
+        return f"Engines of this library cannot run it: {problem}"
+
+
+def _obstacles(job: Configuration) -> Iterator[str]:
+    """Yield why no `Layout` runs a job: what no engine does, and what cannot be cut."""
+    model = job.model
+    if job.cp > 1:
+        yield (
+            f"cp={job.cp} divides sequences, which no engine here does; plan with "
+            "max_cp=1"
+        )
+    if job.zero == 3 and job.pp > 1 and model.tied:
+        yield (
+            f"zero=3 slices parameters, but stages of the pipeline (pp={job.pp}) share "
+            "the tied embedding; plan with zero=1, or untie the weights"
+        )
+    for name in ("num_kv_heads", "vocab_size"):
+        if getattr(model, name) % job.tp:
+            yield (
+                f"{name}={getattr(model, name)} is not divisible by tp={job.tp}, and "
+                "engines here cut evenly; plan with a smaller tp, or change the model"
+            )
+    if job.cuts_sequence and model.sequence_length % job.tp:
+        yield (
+            f"sequence_length={model.sequence_length} is not divisible by tp={job.tp}; "
+            "plan with sequence_parallel=False"
+        )
