@@ -15,12 +15,12 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 
-PRECISIONS = ("bf16", "fp16", "fp32")
+from labpkg.planning.configuration import PRECISIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +64,7 @@ class Hardware:
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        self._check_tables()
         for name, value in self._numbers():
             if not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ValueError(
@@ -73,13 +74,21 @@ class Hardware:
         if int(self.gpus_per_node) != self.gpus_per_node:
             raise ValueError(
                 f"gpus_per_node={self.gpus_per_node} of {self.name!r} must be a whole "
-                "number"
+                "number; count the GPUs of a node"
             )
         if self.matmul_fraction > 1:
             raise ValueError(
-                f"matmul_fraction={self.matmul_fraction} of {self.name!r} is above 1; "
-                "no product is faster than the peak: give 0.8 for 80 %"
+                f"matmul_fraction={self.matmul_fraction} of {self.name!r} is above 1, "
+                "but no product is faster than the peak; give 0.8 for 80 %"
             )
+
+    def _check_tables(self) -> None:
+        for name in ("peak_flops", "network_bytes_per_s", "sources"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} of {self.name!r} must map names, "
+                    "or numbers of nodes, to values; give a dictionary"
+                )
         missing = [name for name in PRECISIONS if name not in self.peak_flops]
         if missing:
             raise ValueError(
@@ -88,19 +97,17 @@ class Hardware:
             )
         if not self.network_bytes_per_s or min(self.network_bytes_per_s) < 1:
             raise ValueError(
-                f"network_bytes_per_s={dict(self.network_bytes_per_s)} of "
-                f"{self.name!r} needs bytes/s by number of nodes, such as {{2: 400e9}}"
+                f"network_bytes_per_s={self.network_bytes_per_s} of {self.name!r} "
+                "needs bytes/s by number of nodes, such as {2: 400e9}"
             )
 
-    def _numbers(self) -> list[tuple[str, object]]:
-        numbers: list[tuple[str, object]] = []
+    def _numbers(self) -> Iterator[tuple[str, object]]:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if isinstance(value, Mapping) and entry.name != "sources":
-                numbers += [(f"{entry.name}[{key!r}]", v) for key, v in value.items()]
+            if entry.name in ("peak_flops", "network_bytes_per_s"):
+                yield from ((f"{entry.name}[{key!r}]", v) for key, v in value.items())
             elif entry.name not in ("name", "sources"):
-                numbers.append((entry.name, value))
-        return numbers
+                yield entry.name, value
 
     def network_rate(self, nodes: int) -> float:
         """Return what a node sends per second when so many nodes take part.
@@ -290,17 +297,28 @@ _H100_NVL = replace(
     memory_bytes_per_s=3.9e12,
     peak_flops=_flops(835.5e12, 60e12),
 )
+_EPYC = (
+    "measured by labpkg bench hardware, two cores of an AMD EPYC, 2 ranks on the CPU"
+)
 _LAPTOP = Hardware(
     name="laptop",
     gpus_per_node=2,
-    memory_bytes=8 * _GIB,
-    memory_bytes_per_s=20e9,
-    peak_flops=_flops(100e9, 100e9),
+    memory_bytes=12.6e9,
+    memory_bytes_per_s=17e9,
+    peak_flops={"bf16": 250e9, "fp16": 2e9, "fp32": 90e9},
     matmul_fraction=1.0,
-    node_bytes_per_s=2e9,
+    node_bytes_per_s=3.9e9,
     network_bytes_per_s={2: 0.1e9},
-    node_latency_s=0.3e-3,
-    network_latency_s=1e-3,
+    node_latency_s=77e-6,
+    network_latency_s=200e-6,
+    sources={
+        **dict.fromkeys(("gpus_per_node", "memory_bytes", "memory_bytes_per_s"), _EPYC),
+        **dict.fromkeys(("node_bytes_per_s", "node_latency_s"), _EPYC),
+        "peak_flops": f"{_EPYC}: the best product, the nominal peak is not known",
+        "matmul_fraction": "1, since the peak is what products reach",
+        "network_bytes_per_s": "estimate: 80 % of 1 Gb/s Ethernet",
+        "network_latency_s": "estimate for TCP over Ethernet",
+    },
 )
 
 HARDWARE: Mapping[str, Hardware] = MappingProxyType(
