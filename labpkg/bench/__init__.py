@@ -34,6 +34,7 @@ NAMES = (
     "data_loading",
     "data_parallel",
     "faults",
+    "hardware",
     "launch",
     "optimizers",
     "pipeline",
@@ -89,7 +90,9 @@ def run(name: str, quick: bool = False) -> Report:
 
     Returns:
         A dictionary with `name`, `machine`, `versions`, `date`, `command` and `rows`:
-        what `labpkg.plot.recorded` draws. `str` makes it a table.
+        what `labpkg.plot.recorded` draws; of `hardware` also the entry `hardware`, for
+        which a file with this dictionary is what `--hardware` takes. `str` makes it a
+        table.
 
     Raises:
         ValueError: If there is no such benchmark.
@@ -101,7 +104,7 @@ def run(name: str, quick: bool = False) -> Report:
     module = importlib.import_module(f"labpkg.bench.{name}")
     with contextlib.redirect_stdout(sys.stderr):  # the answer may be read as JSON
         rows = module.rows(quick=quick)
-    return Report(
+    report = Report(
         name=name,
         machine=_machine(),
         versions=_versions(),
@@ -109,6 +112,9 @@ def run(name: str, quick: bool = False) -> Report:
         command=f"labpkg bench {name}{' --quick' if quick else ''} --json",
         rows=rows,
     )
+    if hasattr(module, "summary"):
+        report.update(module.summary(rows))
+    return report
 
 
 def _versions() -> dict[str, str]:
