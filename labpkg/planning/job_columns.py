@@ -16,6 +16,7 @@ Standard library only. Chapter: planning/planner.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
@@ -62,8 +63,8 @@ def read_flag(text: str) -> bool:
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
     def read(text: str) -> int:
-        number = float(text) if _NUMBER.fullmatch(text) else 0.5
-        if abs(number) <= _LARGEST and number != int(number):
+        number = float(text) if _NUMBER.fullmatch(text) else math.nan
+        if math.isnan(number) or (abs(number) <= _LARGEST and number % 1):
             raise ValueError(f"{text!r} is not a whole number; write digits, as in 8")
         if not least <= number <= most:
             bound = f"below {least}" if number < least else f"above {most}"
@@ -91,9 +92,12 @@ class _Column(NamedTuple):
 
 
 _SIZE = _whole(1, _LARGEST)
-_REQUIRED = ("layers", "width", "heads", "vocab", "seq", "nodes", "gpus_per_node")
+_REQUIRED = (
+    *("layers", "width", "heads", "vocab", "seq"),
+    *("nodes", "gpus_per_node", "mbs", "grad_acc"),
+)
 _COLUMNS = {
-    **{name: _Column(_SIZE) for name in (*_REQUIRED, "mbs", "grad_acc")},
+    **{name: _Column(_SIZE) for name in _REQUIRED},
     "kv_heads": _Column(_SIZE, of="heads"),
     "ffn": _Column(_SIZE, of="width", derive=lambda width: 4 * int(width)),
     "tied": _Column(read_flag, False),
@@ -217,10 +221,11 @@ def make_configuration(values: Mapping[str, Value]) -> Configuration:
 
 
 def _schedule(schedule: str, vp: int) -> str:
-    if vp > 1 and schedule == "gpipe":
+    most = {"gpipe": 1, "zb-h1": 1, "zb-v": 2}.get(schedule, vp)
+    if vp > most:
         raise ValueError(
-            f"schedule=gpipe has one stage on each rank, but vp={vp}; choose vp=1 or "
-            "schedule=interleaved"
+            f"schedule={schedule} has at most {most} stages on each rank, but vp={vp}; "
+            f"choose vp={most} or schedule=interleaved"
         )
     return "interleaved" if vp > 1 and schedule == "1f1b" else schedule
 
@@ -235,8 +240,7 @@ def require_columns(columns: Collection[str], table: str) -> None:
     Raises:
         ValueError: If columns are missing; the message names the nearest ones.
     """
-    required = [n for n, c in _COLUMNS.items() if c.default is None and not c.of]
-    missing = [name for name in required if name not in columns]
+    missing = [name for name in _REQUIRED if name not in columns]
     if missing:
         near = [
             f"{mine!r} for {name}" for mine, name in _near(columns) if name in missing
@@ -244,7 +248,7 @@ def require_columns(columns: Collection[str], table: str) -> None:
         meant = f" (did you mean {', '.join(near)}?)" if near else ""
         raise ValueError(
             f"{table} has no column {', '.join(missing)}{meant}; required are "
-            f"{', '.join(required)}"
+            f"{', '.join(_REQUIRED)}"
         )
 
 

@@ -143,7 +143,7 @@ def _numbers(found: Estimate) -> tuple[str, ...]:
             f"the sizes give no finite prediction (step_s={found.step_s}); choose "
             "sizes of jobs that somebody could run"
         )
-    speed, step, memory, mfu = (f"{number:.6g}" for number in numbers)
+    speed, step, memory, mfu = (f"{number:.8g}" for number in numbers)
     return speed, step, memory, str(int(found.fits)), mfu
 
 

@@ -114,14 +114,14 @@ class Cell:
     Attributes:
         model: Its name or sizes.
         nodes: Machines.
-        rows: Configurations with a prediction.
+        rows: Configurations, with at least one prediction among them.
         ran: Those of them that were measured to fit.
         rank_correlation: Of predicted and measured speeds of those that ran; None with
             fewer than three, or if all are equal.
         regret: Share of the best measured speed that is lost with the configuration of
             the best predicted speed among those predicted to fit; 1 if that one does
-            not fit, or none was predicted to. The mean over equal best predictions.
-            None if nothing ran or there was no choice.
+            not fit, or none was predicted to. Of equal speeds the one that needs less
+            memory is taken, then the mean. None if nothing ran or there was no choice.
         regret_of_ran: The same, but the choice is among the rows that ran.
     """
 
@@ -256,9 +256,12 @@ def _errors(pairs: Iterable[tuple[float | None, float | None]]) -> Errors | None
 def _cells(rows: Sequence[Joined]) -> tuple[Cell, ...]:
     groups: dict[tuple[str, ...], list[Joined]] = {}
     for row in rows:
-        if row.speeds[0] is not None:
-            groups.setdefault(row.cell, []).append(row)
-    return tuple(_cell(group) for group in groups.values())
+        groups.setdefault(row.cell, []).append(row)
+    return tuple(
+        _cell(group)
+        for group in groups.values()
+        if any(row.speeds[0] is not None for row in group)
+    )
 
 
 def _cell(rows: Sequence[Joined]) -> Cell:
@@ -281,9 +284,14 @@ def _regret(rows: Sequence[Joined], choices: Sequence[Joined]) -> float | None:
     fastest = max(row.speeds[1] or 0.0 for row in rows)
     if not fastest or len(rows) < 2:
         return None
-    best = max((row.speeds[0] or 0.0 for row in choices), default=0.0)
-    chosen = [row.speeds[1] or 0.0 for row in choices if row.speeds[0] == best]
+    known = [row for row in choices if row.speeds[0] is not None]
+    best = max(map(_preference, known), default=None)
+    chosen = [row.speeds[1] or 0.0 for row in known if _preference(row) == best]
     return 1 - fmean(chosen or [0.0]) / fastest
+
+
+def _preference(row: Joined) -> tuple[float, float]:
+    return row.speeds[0] or 0.0, -(row.memories[0] or 0.0)
 
 
 def _verdicts(rows: Sequence[Joined]) -> Verdicts:

@@ -83,7 +83,7 @@ def read_table(path: str | Path) -> Table:
     if not text.strip():
         raise ValueError(f"{name} is empty; its first line must name the columns")
     text = text.lstrip("\r\n")
-    delimiter = max(_DELIMITERS, key=lambda mark: len(next(_records(text, mark, name))))
+    delimiter = max(_DELIMITERS, key=lambda mark: _columns_with(mark, text))
     records = _records(text, delimiter, name)
     header = tuple(next(records))
     rows, problems = [], {}
@@ -138,6 +138,11 @@ def _decode(data: bytes, name: str) -> str:
             f'{name} is no text: it has zero bytes; save it as "CSV UTF-8"'
         )
     return text
+
+
+def _columns_with(delimiter: str, text: str) -> int:
+    # Not strict: under a wrong delimiter quotes end inside of a cell.
+    return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)))
 
 
 def _records(text: str, delimiter: str, name: str) -> Iterator[list[str]]:
