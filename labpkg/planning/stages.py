@@ -68,13 +68,14 @@ def stages_of_rank(configuration: Configuration, rank: int) -> tuple[int, ...]:
 def stage_shares(model: ModelShape, num_stages: int) -> tuple[StageShare, ...]:
     """Return what each stage of a pipeline holds.
 
-    Stage s ends with the layer that passes the share (s + 1) / P of the work, so that
-    earlier stages are the fuller ones. The head weighs V D beside the matrices of a
-    layer, and nothing if that is less than one layer.
+    Stage s ends with the layer that reaches the share (s + 1) / P of the work, so that
+    earlier stages are the fuller ones, and none is empty as long as layers and head
+    suffice. The head weighs V D beside the matrices of a layer, and nothing if that is
+    less than one layer.
 
     Args:
         model: Sizes.
-        num_stages: P, of all ranks together. Stages that nothing is left for are empty.
+        num_stages: P, of all ranks together.
 
     Returns:
         A share for each stage.
@@ -87,24 +88,14 @@ def stage_shares(model: ModelShape, num_stages: int) -> tuple[StageShare, ...]:
             f"num_stages={num_stages} is below 1; choose a positive number"
         )
     L, P = model.num_layers, num_stages
-    head = head_weight(model)
-    if head < 1:
-        ends = [-(-(stage + 1) * L // P) for stage in range(P)]
-        counts = [b - a for a, b in zip([0, *ends], ends, strict=False)]
-        return tuple(
-            StageShare(n, stage == 0, stage == P - 1) for stage, n in enumerate(counts)
-        )
-    return _dealt_around_head(L, head, P)
-
-
-def _dealt_around_head(L: int, head: float, P: int) -> tuple[StageShare, ...]:
-    counts, stage, done = [0] * P, 0, 0.0
-    for layer in range(L):
+    weight = head_weight(model)
+    work = L + (weight if weight >= 1 else 0)
+    counts, stage = [0] * P, 0
+    for done in range(1, L + 1):
         counts[stage] += 1
-        done += 1
-        passed = done > (L + head) * (stage + 1) / P
-        must_move = L - layer == P - 1 - stage  # a layer or the head for each one left
-        if (passed or must_move) and stage < P - 1:
+        reached = done * P >= work * (stage + 1)
+        must_move = L - done < P - 1 - stage  # a layer, or the head, for each one left
+        if (reached or must_move) and stage < P - 1:
             stage += 1
     return tuple(StageShare(n, s == 0, s == stage) for s, n in enumerate(counts))
 
