@@ -24,10 +24,11 @@ from labpkg.foundations.models import Block, Embedding, Head
 from labpkg.planning.configuration import Configuration
 from labpkg.planning.cost import wire_bytes
 from labpkg.planning.layout import Layout
-from labpkg.planning.memory import state_bytes
+from labpkg.planning.memory import layer_activation_bytes, state_bytes
 from labpkg.planning.model_parallel import pipeline_bytes
 from labpkg.planning.network import step_traffic
 from labpkg.planning.stages import StageShare, stage_elements
+from labpkg.processes import collectives
 from labpkg.processes.stages import split_stages
 from labpkg.runs.composing import compose
 
@@ -203,7 +204,7 @@ def test_ranks_send_the_predicted_bytes(found, n, i):
     job = REAL[n][i]
     for rank, (share, (*_, num_tensors), sent) in enumerate(of[i] for of in found[n]):
         stage = rank // (job.tp * job.dp)
-        predicted = payloads(job, stage, share, num_tensors) + control(job, num_tensors)
+        predicted = payloads(job, stage, share, num_tensors) + control(job, share)
         counted = {key: count.payload_bytes for key, count in sent.items()}
         assert counted == {key: predicted[key] for key in counted}
         sizes = {"pp": job.pp, "dp": job.dp, "tp": job.tp}
@@ -232,13 +233,11 @@ def payloads(job, stage, share, num_tensors):
             )
     if job.dp > 1:
         sent.update(gradients_and_weights(job, share, num_tensors))
-    tokens = M * job.micro_batch_size * job.model.sequence_length
-    if job.tp > 1 and share.head:
-        sent["tp", "all_reduce"] += 3 * 4 * tokens  # of the loss, for each token
     if job.cuts_sequence:
         # This GPT adds up embeddings on each rank, where others scatter the sums, and
         # norms see slices of the sequence, so that their gradients are added up.
-        stream = 4 * tokens * job.model.width
+        tokens = job.micro_batch_size * job.model.sequence_length
+        stream = 4 * M * tokens * job.model.width
         sent["tp", "reduce_scatter"] -= stream
         sent["tp", "all_reduce"] += stream
         sent["tp", "all_reduce"] += 4 * job.model.width * (2 * share.num_layers + 1)
@@ -258,18 +257,164 @@ def gradients_and_weights(job, share, num_tensors):
     }
 
 
-def control(job, num_tensors):
+def control(job, share):
     """Return the payload of the numbers by which ranks agree on a step."""
-    sent = Counter()
+    sent, M = Counter(), job.grad_accum_steps
     loss, norm = 4, 8
     sent["dp", "all_reduce"] = loss + norm * (job.zero > 0)
     if job.zero and job.tp > 1:
         sent["dp", "all_reduce"] += norm  # whole and divided parameters apart
     if job.tp > 1:
-        sent["tp", "all_reduce"] = norm
+        tokens = M * job.micro_batch_size * job.model.sequence_length
+        # Of the loss three numbers for each token, where logits stay divided.
+        sent["tp", "all_reduce"] = norm + 3 * 4 * tokens * share.head
     if job.pp > 1:
-        ties = layout_of(job).make_schedule().num_ranks > 1 and job.model.tied
-        is_v = job.schedule == "zb-v"  # one rank has both copies of the tied weight
-        sent["pp", "all_reduce"] = loss + norm + 4 * (ties and not is_v)
+        # Which rank used its copy; of zb-v one rank has both.
+        tied = job.model.tied and job.schedule != "zb-v"
+        sent["pp", "all_reduce"] = loss + norm + 4 * tied
         sent["pp", "all_gather"] = 8 * job.pp
     return sent
+
+
+KEPT = [
+    job(tp=2),
+    job(tp=2, sequence_parallel=True),
+    job(dp=2),
+    job(dp=2, recompute="full"),
+    job(tp=2, recompute="full"),
+]
+
+
+def kept_by_a_layer(jobs):
+    """Return what forward leaves alive with five layers, less what it does with 4."""
+    return [kept(job, num_layers=5) - kept(job, num_layers=4) for job in jobs]
+
+
+def kept(job, num_layers):
+    config = replace(CONFIG, num_layers=num_layers)
+    mesh = lab.make_mesh(dp=job.dp, tp=job.tp)
+    with LiveBytes() as live:
+        trained = compose(lambda: lab.GPT(config), layout_of(job), mesh=mesh)
+        before = live.now
+        logits = trained.model(samples(job)[0])
+        assert logits.requires_grad
+        return live.now - before
+
+
+def test_a_layer_keeps_the_predicted_activations(world2):
+    predicted = [layer_activation_bytes(job) for job in KEPT]
+    assert world2.run(kept_by_a_layer, KEPT) == [predicted] * 2
+
+
+# --- a rank of 1024 -----------------------------------------------------------------
+
+WIDE = lab.GPTConfig(
+    num_layers=4, width=64, num_heads=32, sequence_length=32, vocab_size=96, tied=False
+)
+N = 1024
+PLAYED = [
+    (0, job(WIDE, dp=N)),
+    (1023, job(WIDE, dp=N, zero=1)),
+    (500, job(WIDE, dp=N, zero=2)),
+    (700, job(WIDE, dp=N, zero=3)),
+    (37, job(WIDE, dp=32, tp=32, zero=1)),
+    (1000, job(WIDE, dp=64, tp=16, zero=3, sequence_parallel=True)),
+    (300, job(WIDE, pp=4, dp=16, tp=16, zero=2, grad_accum_steps=1)),
+    (1023, job(WIDE, pp=4, dp=64, tp=4, grad_accum_steps=1)),
+]
+
+
+def played(plays):
+    """Be these ranks one after the other; return what each holds and sends."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.destroy_process_group()  # of the only real rank
+    found = []
+    for rank, job in plays:
+        torch.distributed.init_process_group(
+            "fake", rank=rank, world_size=N, store=FakeStore()
+        )
+        found.append(played_one(job))
+        torch.distributed.destroy_process_group()
+    return found
+
+
+def played_one(job):
+    mesh = lab.make_mesh(pp=job.pp, dp=job.dp, tp=job.tp)
+    stage = mesh["pp"].get_local_rank()
+    with collectives.off():  # of objects there is only garbage
+        model, optimizer = divided(job, mesh, stage)
+    share = share_of(model)
+    shape = (job.micro_batch_size, job.model.sequence_length)
+    x = torch.zeros(shape, dtype=torch.int64)
+    if not share.embedding:  # the activations that another rank would send
+        x = torch.zeros(*shape, job.model.width, requires_grad=True)
+    with lab.count_comms() as log:
+        model(x).sum().backward()
+        optimizer.step()
+    inner = getattr(optimizer, "inner", optimizer)
+    moments = [m for own in inner.state.values() for m in own.values()]
+    held = (
+        sum(p.numel() for p in model.parameters()),
+        sum(m.numel() for m in moments if torch.is_tensor(m) and m.dim()) // 2,
+    )
+    sent = {(a, op): log[a, op].payload_bytes for a in ("dp", "tp") for op in OPS}
+    return stage, share, held, len(list(model.parameters())), sent
+
+
+def divided(job, mesh, stage):
+    model, sequence = lab.GPT(gpt_of(job)), job.cuts_sequence
+    if job.tp > 1:
+        plan = lab.gpt_tensor_parallel_plan(model.config, sequence_parallel=sequence)
+        lab.apply_tensor_parallel(model, mesh["tp"], plan, sequence_parallel=sequence)
+    model = split_stages(model, job.pp)[stage] if job.pp > 1 else model
+    if job.zero == 0:
+        model = lab.DataParallel(model, mesh["dp"])
+    if job.zero == 3:
+        model = lab.fully_shard(model, mesh["dp"])
+    if job.zero in (1, 2):
+        parameters = model.parameters()
+        return model, lab.ZeroOptimizer(
+            parameters, lab.AdamW, mesh["dp"], stage=job.zero, lr=1e-3
+        )
+    return model, lab.AdamW(model.parameters(), lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def found_at_1024():
+    with lab.World(1, device="cpu") as world:
+        return world.run(played, PLAYED)[0]
+
+
+PLAYED_IDS = [f"rank {rank} of {layout_of(job)}" for rank, job in PLAYED]
+
+
+@pytest.mark.parametrize("i", range(len(PLAYED)), ids=PLAYED_IDS)
+def test_a_rank_of_1024_holds_the_predicted_state(found_at_1024, i):
+    (rank, job), (_, share, held, *_) = PLAYED[i], found_at_1024[i]
+    own = rank // job.tp % job.dp  # on the axis dp
+    elements = stage_elements(share, job.model, tp=job.tp)
+    parts = [elements]  # what is cut into slices: one bucket, or unit by unit
+    if job.zero == 3:
+        layer = stage_elements(StageShare(1), job.model, tp=job.tp)
+        parts = [layer] * share.num_layers
+        parts.append(elements - sum(parts))
+    cut = sum(part // job.dp + (own < part % job.dp) for part in parts)
+    assert held == (cut if job.zero == 3 else elements, cut if job.zero else elements)
+    # The prediction is that of an even cut: a slice is off by less than an element.
+    state = state_bytes(elements, precision="fp32", zero=job.zero, n=job.dp)
+    for counted, predicted in zip(
+        held, (state.weights / 4, state.optimizer / 8), strict=True
+    ):
+        assert abs(counted - predicted) < len(parts)
+
+
+@pytest.mark.parametrize("i", range(len(PLAYED)), ids=PLAYED_IDS)
+def test_a_rank_of_1024_sends_the_predicted_bytes(found_at_1024, i):
+    (_, job), (stage, share, _, num_tensors, sent) = PLAYED[i], found_at_1024[i]
+    predicted = payloads(job, stage, share, num_tensors)
+    if job.tp > 1 and share.head:  # each rank wants whole logits here
+        tokens = job.micro_batch_size * job.model.sequence_length
+        predicted["tp", "all_gather"] += 4 * tokens * job.model.vocab_size
+    assert sent == {key: predicted[key] for key in sent}
+    assert sum(sent.values()) > 0
