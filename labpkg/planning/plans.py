@@ -55,7 +55,9 @@ class Plan:
         if problem is not None:
             raise ValueError(problem)
         job = self.configuration
-        is_pipeline = job.pp > 1
+        is_pipeline, virtual = job.pp > 1, {}
+        if job.schedule == "interleaved":  # the only one that chooses
+            virtual = {"num_virtual_stages": job.num_virtual_stages}
         return Layout(
             pp=job.pp,
             dp=job.dp,
@@ -63,7 +65,7 @@ class Plan:
             zero=job.zero if job.dp > 1 else 0,
             schedule=job.schedule if is_pipeline else None,
             num_micro_batches=job.grad_accum_steps if is_pipeline else None,
-            num_virtual_stages=job.num_virtual_stages if is_pipeline else 2,
+            **virtual,
             sequence_parallel=job.cuts_sequence and job.tp > 1,
             grad_accum_steps=1 if is_pipeline else job.grad_accum_steps,
             recompute=job.recompute == "full",
