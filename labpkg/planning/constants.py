@@ -94,29 +94,37 @@ class Constants:
 
     # Memory
     activation_copies: float = _fitted(
-        1.32,
+        1.08,
         "bytes that a layer keeps, as a multiple of what backward needs: copies and "
-        "casts of kernels, holes between tensors",
+        "casts of kernels",
         "1",
         1.0,
-        1.8,
+        1.6,
+    )
+    gathered_inputs: float = _fitted(
+        0.24,
+        "share of the inputs gathered under sequence parallelism that stays for "
+        "backward instead of being gathered again",
+        "1",
+        0.0,
+        1.0,
     )
     logit_copies: float = _fitted(
-        3.3,
+        1.14,
         "float32 tensors of the logits that the loss has at once, with its gradient",
         "1",
-        1.0,
+        0.5,
         5.0,
     )
     workspace_bytes: float = _fitted(
-        0.8e9,
+        0.86e9,
         "workspaces of matrix products and buffers of any model",
         "bytes",
         0.0,
         2e9,
     )
     reserved_memory: float = _fitted(
-        0.06,
+        0.05,
         "share of a GPU's memory that tensors cannot fill: context, communication, "
         "holes",
         "1",

@@ -137,10 +137,12 @@ def layer_activation_bytes(configuration: Configuration) -> float:
 
     Per token the inputs of its norms and matrices, queries, keys, values and the inputs
     of the activation function: 8 D + 2 F numbers (4 F with a gate) if keys are as wide
-    as queries, two statistics for each norm, and one log-sum for each head. tp divides
-    what lies inside attention and feed-forward; the other 4 D only with sequence
-    parallelism. Scores are never kept, so selective recomputation saves nothing. With
-    full recomputation only the input stays.
+    as queries, two statistics for each norm, and one log-sum for each head. Rotary
+    positions make queries and keys anew; the old ones stay, 2 D more, because values
+    are a view of the same product. tp divides what lies inside attention and
+    feed-forward; the other 4 D only with sequence parallelism. Scores are never kept,
+    so selective recomputation saves nothing. With full recomputation only the input
+    stays.
 
     Args:
         configuration: The job.
@@ -230,6 +232,7 @@ class _Parts(NamedTuple):
     weights: float
     gradients: float
     optimizer: float
+    buckets: float
     activations: float
     recomputed: float
     logits: float
@@ -241,7 +244,8 @@ _SOURCES = (
     ("weights", "arXiv:1910.02054"),
     ("gradients", "arXiv:1910.02054"),
     ("optimizer state", "arXiv:1910.02054"),
-    ("activations", "arXiv:2205.05198; fitted: activation_copies"),
+    ("gradient buckets", "arXiv:2006.15704"),
+    ("activations", "arXiv:2205.05198; fitted: activation_copies, gathered_inputs"),
     ("recomputed layer", "arXiv:1604.06174; fitted: activation_copies"),
     ("logits", "float32 for the loss; fitted: logit_copies"),
     ("gathered layers", "arXiv:2304.11277"),
@@ -250,24 +254,29 @@ _SOURCES = (
 
 
 def _parts(c: Configuration, rank: int, constants: Constants) -> _Parts:
-    shares = _shares(c, rank)
+    shares, counts = _shares(c, rank), in_flight(c, rank)
     elements = sum(stage_elements(share, c.model, tp=c.tp) for share in shares)
-    counts = in_flight(c, rank)
     kept = sum(n * share.num_layers for n, share in zip(counts, shares, strict=True))
-    layer, copies = layer_activation_bytes(c), constants.activation_copies
-    activations, recomputed = kept * layer * copies, 0.0
-    if c.recompute == "full":
-        activations = kept * layer
-        recomputed = _kept_by_layer(c) * copies if kept else 0.0
     heads = sum(n for n, share in zip(counts, shares, strict=True) if share.head)
+    layer = _kept_by_layer(c) * constants.activation_copies
+    layer += _kept_gathered(c) * constants.gathered_inputs
+    recomputes = c.recompute == "full"
     return _Parts(
         *state_bytes(elements, precision=c.precision, zero=c.zero, n=c.dp * c.cp),
-        activations=activations + heads * _kept_by_head(c),
-        recomputed=recomputed,
+        buckets=_buckets(c, elements),
+        activations=kept * (layer_activation_bytes(c) if recomputes else layer)
+        + heads * _kept_by_head(c),
+        recomputed=layer if recomputes and kept else 0.0,
         logits=_logits(c, heads, constants),
         gathered=_gathered(c, shares),
         workspace=constants.workspace_bytes,
     )
+
+
+def _buckets(c: Configuration, elements: int) -> float:
+    """Half gradients of a micro-batch, apart from their float32 sums, while dp > 1."""
+    has_buckets = c.dp * c.cp > 1 and c.zero < 2 and c.precision != "fp32"
+    return 2.0 * elements if has_buckets else 0.0
 
 
 def _logits(c: Configuration, micro_batches: int, constants: Constants) -> float:
@@ -292,12 +301,20 @@ def _kept_by_layer(c: Configuration) -> float:
     model, size = c.model, _itemsize(c)
     outside = c.tp if c.cuts_sequence else 1
     keys = max(model.num_kv_heads // c.tp, 1) * model.head_width
-    inner = (4 if model.gated_mlp else 2) * model.ffn_width
-    numbers = (
-        (4 * model.width + 4) / outside + (2 * model.width + inner) / c.tp + 2 * keys
-    )
+    queries = model.width / c.tp
+    inner = (4 if model.gated_mlp else 2) * model.ffn_width / c.tp
+    numbers = (4 * model.width + 4) / outside + 2 * queries + 2 * keys + inner
+    if not model.learned_positions:
+        numbers += queries + keys
     log_sums = max(size, _FULL) * model.num_heads / c.tp
     return _tokens(c) * (size * numbers + log_sums)
+
+
+def _kept_gathered(c: Configuration) -> float:
+    """What the inputs of a layer's two column products have beyond the own slice."""
+    if not c.cuts_sequence:
+        return 0.0
+    return _tokens(c) * _itemsize(c) * 2 * c.model.width * (1 - 1 / c.tp)
 
 
 def _kept_by_head(c: Configuration) -> float:
@@ -338,7 +355,8 @@ def _terms(c: Configuration, rank: int, parts: _Parts) -> tuple[Term, ...]:
         f"{per.weights:.0f} x {elements} elements" + n * (c.zero >= 3),
         f"{per.gradients:.0f} x {elements} elements" + n * (c.zero >= 2),
         f"{per.optimizer:.0f} x {elements} elements" + n * (c.zero >= 1),
-        f"{layers} layers x {times} micro-batches of {tokens} ({c.recompute} again)",
+        f"2 x {elements} elements",
+        f"{layers} layers x {times} micro-batches of {tokens}, recompute={c.recompute}",
         f"one layer, whole, of {tokens}",
         f"float32 V/tp = {c.model.vocab_size / c.tp:.0f}, {tokens}",
         "weights of two units and gradients of one, whole",
