@@ -156,9 +156,9 @@ _DGX = (
     "infrastructure-foundation-enterprise-ai/latest/core-components.html"
 )
 _PLAYBOOK = (
-    "fitted to all-gathers and reduce-scatters of 256 MB on 1 to 64 nodes with "
-    "8 x 50 GB/s each (all 14 points within 21 %): Tazi et al. 2025, The Ultra-Scale "
-    "Playbook, https://huggingface.co/spaces/nanotron/ultrascale-playbook"
+    "fitted to all-gathers and reduce-scatters of 256 MB on 1 to 64 nodes (all 14 "
+    "points within 22 %): Tazi et al. 2025, The Ultra-Scale Playbook, "
+    "https://huggingface.co/spaces/nanotron/ultrascale-playbook"
 )
 
 
