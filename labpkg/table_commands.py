@@ -250,5 +250,6 @@ A column of a job that differs is refused.
 error: exp(|ln(predicted / measured)|) - 1. Rank correlation (Spearman) and regret are
 taken inside each cell: one model on one number of nodes of one kind. Regret is the
 share of the best measured speed that is lost by taking the configuration with the best
-predicted speed among those that are predicted to fit.
+predicted speed among those that are predicted to fit; a job in several rows ran if it
+ran in one of them.
 """

@@ -25,7 +25,10 @@ from labpkg.planning.job_columns import (
 from labpkg.planning.tables import Table
 
 _SPEED, _MEMORY, _FITS = "tok_s_gpu", "mem_gib", "fits"
-_CELL_COLUMNS = (*SHAPE_COLUMNS, "nodes", "gpus_per_node", "hardware")
+_CELL = [
+    JOB_COLUMNS.index(name)
+    for name in (*SHAPE_COLUMNS, "nodes", "gpus_per_node", "hardware")
+]
 _SHOWN = 3  # rows of one kind that a note lists
 
 
@@ -34,7 +37,7 @@ class Joined:
     """One job, predicted and measured; None is what is not there.
 
     Attributes:
-        cell: Sizes of the model, number and kind of nodes: what is not chosen.
+        job: The value of each column of a job, defaults filled in.
         model: The name of the model if the table has a column `model`, else sizes.
         nodes: Machines.
         speeds: Predicted and measured tokens per second and GPU.
@@ -42,12 +45,17 @@ class Joined:
         fits: Whether the job was predicted to fit.
     """
 
-    cell: tuple[str, ...]
+    job: tuple[str, ...]
     model: str
     nodes: str
     speeds: tuple[float | None, float | None]
     memories: tuple[float | None, float | None]
     fits: bool | None
+
+    @property
+    def cell(self) -> tuple[str, ...]:
+        """Sizes of the model, number and kind of nodes: what is not chosen."""
+        return tuple(self.job[place] for place in _CELL)
 
     @property
     def ran(self) -> bool:
@@ -93,7 +101,7 @@ def join_tables(predicted: Table, measured: Table) -> tuple[list[Joined], list[s
             silent.append(f"row {index + 1}")
         rows.append(
             Joined(
-                cell=_cell(cells),
+                job=tuple(_text(name, cells) for name in JOB_COLUMNS),
                 model=_model(cells),
                 nodes=cells["nodes"].strip(),
                 speeds=(speed, measured_speed),
@@ -105,6 +113,7 @@ def join_tables(predicted: Table, measured: Table) -> tuple[list[Joined], list[s
         *_missing_columns(predicted, measured),
         *_listed(list(wrong.values()), "left out"),
         *_listed(silent, "without a prediction"),
+        *_contradictions(rows),
     ]
 
 
@@ -204,10 +213,6 @@ def _same(name: str, mine: Mapping[str, str], theirs: Mapping[str, str]) -> bool
         return False
 
 
-def _cell(cells: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(_text(name, cells) for name in _CELL_COLUMNS)
-
-
 def _text(name: str, cells: Mapping[str, str]) -> str:
     try:
         return str(read_value(name, cells))
@@ -241,6 +246,15 @@ def _missing_columns(predicted: Table, measured: Table) -> list[str]:
             f"{decimal[0]} is not read: {_MEMORY} is in GiB, 0.9313 x GB of 1e9 bytes"
         )
     return notes
+
+
+def _contradictions(rows: list[Joined]) -> list[str]:
+    ran = {row.job for row in rows if row.ran}
+    both = ran & {row.job for row in rows if not row.ran}
+    if not both:
+        return []
+    count = f"{len(both)} job{'s' * (len(both) > 1)}"
+    return [f"{count} ran in one row and did not fit in another with equal columns"]
 
 
 def _listed(rows: list[str], what: str) -> list[str]:

@@ -121,7 +121,8 @@ class Cell:
         regret: Share of the best measured speed that is lost with the configuration of
             the best predicted speed among those predicted to fit; 1 if that one does
             not fit, or none was predicted to. Of equal speeds the one that needs less
-            memory is taken, then the mean. None if nothing ran or there was no choice.
+            memory is taken, then the mean. A job in several rows ran if it ran in one.
+            None if nothing ran or there was no choice.
         regret_of_ran: The same, but the choice is among the rows that ran.
     """
 
@@ -281,17 +282,32 @@ def _cell(rows: Sequence[Joined]) -> Cell:
 
 
 def _regret(rows: Sequence[Joined], choices: Sequence[Joined]) -> float | None:
-    fastest = max(row.speeds[1] or 0.0 for row in rows)
+    reached = _speeds(rows)
+    fastest = max(reached.values())
     if not fastest or len(rows) < 2:
         return None
     known = [row for row in choices if row.speeds[0] is not None]
     best = max(map(_preference, known), default=None)
-    chosen = [row.speeds[1] or 0.0 for row in known if _preference(row) == best]
-    return 1 - fmean(chosen or [0.0]) / fastest
+    chosen = _speeds([row for row in known if _preference(row) == best])
+    return 1 - fmean(chosen.values() or [0.0]) / fastest
 
 
 def _preference(row: Joined) -> tuple[float, float]:
     return row.speeds[0] or 0.0, -(row.memories[0] or 0.0)
+
+
+def _speeds(rows: Sequence[Joined]) -> dict[tuple, float]:
+    """Return the measured speed of each job, 0 if it never ran.
+
+    A job that was tried several times ran if it ran once: the median of those counts.
+    """
+    tries: dict[tuple, list[float]] = {}
+    for row in rows:
+        key = (row.job, row.speeds[0], row.memories[0])
+        speeds = tries.setdefault(key, [])
+        if row.speeds[1] is not None:
+            speeds.append(row.speeds[1])
+    return {key: median(speeds or [0.0]) for key, speeds in tries.items()}
 
 
 def _verdicts(rows: Sequence[Joined]) -> Verdicts:

@@ -69,6 +69,14 @@ def test_columns_of_a_job_say_the_same_in_other_words():
     forecast = predicted(("10", "70", "1"), ("10", "70", "1"))
     rows, _ = join_tables(forecast, measured(*same, columns=names))
     assert len(rows) == 2
+    assert len({row.job for row in rows}) == 1
+
+
+def test_a_job_that_ran_and_did_not_is_noted():
+    forecast = predicted(*[("10", "70", "1")] * 3)
+    _, notes = join_tables(forecast, measured(("9", ""), ("", ""), ("", "")))
+    assert notes[-1].startswith("1 job ran in one row and did not fit in another")
+    assert not join_tables(forecast, measured(*[("9", "60")] * 3))[1][1:]
 
 
 @pytest.mark.parametrize(

@@ -17,19 +17,22 @@ from labpkg.planning.tables import Table
 
 JOB = (
     *("layers", "width", "heads", "vocab", "seq", "nodes", "gpus_per_node"),
-    *("mbs", "grad_acc"),
+    *("grad_acc", "mbs"),
 )
-SIZES = ("2048", "32", "131072", "4096", "1", "8", "2", "16")
+SIZES = ("2048", "32", "131072", "4096", "1", "8", "16")
 numbers = st.lists(st.integers(-9, 9).map(float), min_size=1, max_size=12)
 
 
-def score(rows, *, layers=None, fits=True, memories=None):
+def score(rows, *, layers=None, fits=True, memories=None, batches=None):
     """Score rows of (predicted speed, fits, measured speed), memory 10 x speed."""
     layers = layers or ["16"] * len(rows)
+    batches = batches or ["2"] * len(rows)
     memories = memories or [10 * p if p != "" else p for p, *_ in rows]
     cells = [
-        (layer, *SIZES, str(p), str(memory), str(f))
-        for layer, memory, (p, f, _) in zip(layers, memories, rows, strict=True)
+        (layer, *SIZES, mbs, str(p), str(memory), str(f))
+        for layer, mbs, memory, (p, f, _) in zip(
+            layers, batches, memories, rows, strict=True
+        )
     ]
     names = ("tok_s_gpu", "mem_gib", "fits" if fits else "other")
     predicted = Table(name="P", columns=(*JOB, *names), rows=cells)
@@ -103,8 +106,9 @@ def test_a_score_by_hand():
         ([(9, 1, ""), (8, 1, 30)], 1, 0),
         # Nothing was thought to fit.
         ([(9, 0, 40), (8, 0, 30)], 1, 0),
-        # Equal best predictions: their mean.
-        ([(9, 1, 40), (9, 1, 20), (8, 1, 10)], 0.25, 0.25),
+        # The same job was tried more than once: it ran if it ran in one row.
+        ([(9, 1, ""), (9, 1, 40), (8, 1, 30)], 0, 0),
+        ([(9, 1, ""), (9, 1, 20), (9, 1, 40), (8, 1, 40)], 0.25, 0.25),
         # The best was not predicted at all.
         ([("", "", 40), (8, 1, 30)], 0.25, 0.25),
         # Nothing ran, or there was no choice.
@@ -119,9 +123,10 @@ def test_regret_is_what_the_best_prediction_loses(rows, regret, of_ran):
 
 def test_of_equal_predictions_the_smaller_one_is_taken():
     rows = [(9, 1, 20), (9, 1, 40), (9, 1, ""), (8, 1, 10)]
-    assert score(rows, memories=[70, 60, 70, 1]).regret == 0
-    assert score(rows, memories=[60, 70, 70, 1]).regret == 0.5
-    assert score(rows, memories=[60, 60, 70, 1]).regret == 0.25
+    batches = ["1", "2", "3", "4"]
+    assert score(rows, memories=[70, 60, 70, 1], batches=batches).regret == 0
+    assert score(rows, memories=[60, 70, 70, 1], batches=batches).regret == 0.5
+    assert score(rows, memories=[60, 60, 70, 1], batches=batches).regret == 0.25
 
 
 def test_without_verdicts_the_choice_is_among_all():
