@@ -112,8 +112,8 @@ def join_tables(predicted: Table, measured: Table) -> tuple[list[Joined], list[s
     return rows, [
         *_missing_columns(predicted, measured),
         *_listed(list(wrong.values()), "left out"),
-        *_listed(silent, "without a prediction"),
         *_contradictions(rows),
+        *_listed(silent, "without a prediction"),
     ]
 
 
