@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ _PALETTE = (
     *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"),
     *("#F0E442", "#999999", "#003F63", "#8A5F00"),
 )
-_OTHER = "other"
+_OTHER, _REST = "other", "#BBBBBB"
 _MARKS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -30,6 +31,7 @@ def terms(
     limit: float | None = None,
     limit_label: str = "limit",
     smallest: float = 0.01,
+    colors: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw predictions as stacked bars, one for each, a colour for each term.
@@ -41,6 +43,7 @@ def terms(
         limit_label: What the line is.
         smallest: Terms that are a smaller part of the longest bar in every bar are
             drawn as one, `other`.
+        colors: Of terms by name, where they must be the same in several figures.
         ax: Where to draw; a new figure without it.
 
     Returns:
@@ -54,15 +57,14 @@ def terms(
     threshold = smallest * max(total(own) for own in given.values())
     rows = {label: _values(own) for label, own in given.items()}
     names = _names(rows, threshold)
+    shades = _shades(names, colors or {})
     with style():
         ax = axes_or_new(ax, height=max(1.8, 0.9 + 0.4 * len(rows)))
         left = dict.fromkeys(rows, 0.0)
-        for i, name in enumerate(names):
+        for name in names:
             widths = [_width(row, name, names) / _UNITS[unit] for row in rows.values()]
-            color = _PALETTE[i % len(_PALETTE)] if name != _OTHER else "#DDDDDD"
-            ax.barh(
-                list(rows), widths, left=list(left.values()), color=color, label=name
-            )
+            starts = list(left.values())
+            ax.barh(list(rows), widths, left=starts, color=shades[name], label=name)
             left = {k: x + w for (k, x), w in zip(left.items(), widths, strict=True)}
         if limit is not None:
             ax.axvline(limit / _UNITS[unit], color="k", ls="--", label=limit_label)
@@ -100,6 +102,12 @@ def _names(rows: Mapping[str, Mapping[str, float]], threshold: float) -> list[st
     large = [n for n in seen if max(r.get(n, 0.0) for r in rows.values()) >= threshold]
     rest = sum(row[name] for row in rows.values() for name in row if name not in large)
     return [*large, _OTHER] if rest > 0 else large
+
+
+def _shades(names: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
+    free = itertools.cycle([c for c in _PALETTE if c not in given.values()])
+    found = {_OTHER: _REST, **given}
+    return {name: found.get(name) or next(free) for name in names}
 
 
 def _width(row: Mapping[str, float], name: str, names: Sequence[str]) -> float:

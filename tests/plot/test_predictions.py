@@ -1,6 +1,7 @@
 """`plot.terms` stacks what adds up; `plot.predicted` shows how far off numbers are."""
 
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 import labpkg as lab
@@ -44,6 +45,17 @@ def test_small_terms_can_be_named():
     lab.plot.terms(BARS, unit="MiB", smallest=0, ax=ax)
     assert list(bars_of(ax)) == ["weights", "gradients", "buffers", "logits"]
     assert bars_of(ax)["weights"] == [(0, 2048), (0, 2048)]
+
+
+def test_terms_keep_the_colors_that_they_are_given():
+    blue = "#0072B2"
+    ax = Figure().subplots()
+    lab.plot.terms(BARS, unit="GiB", colors={"gradients": blue}, ax=ax)
+    shades = {
+        c.get_label(): to_hex(c.patches[0].get_facecolor()) for c in ax.containers
+    }
+    assert shades["gradients"] == blue.lower()
+    assert len(set(shades.values())) == len(shades) == 3
 
 
 @pytest.mark.parametrize(
