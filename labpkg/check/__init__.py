@@ -86,6 +86,13 @@ from labpkg.check.gradient_descent_step_exercises import (
     linear_schedule,
     momentum_step,
 )
+from labpkg.check.measuring_exercises import (
+    mean_in_flight,
+    mfu_once,
+    quiet_ratio,
+    rotation,
+    serial_fraction,
+)
 from labpkg.check.messages_exercises import finish_times
 from labpkg.check.pipeline_exercises import (
     best_cut,
@@ -204,10 +211,12 @@ __all__ = [
     "local_sgd",
     "logit_pieces",
     "lost_way",
+    "mean_in_flight",
     "mean_of_used",
     "merge_attention",
     "merged_statistics",
     "mesh_grad_norm",
+    "mfu_once",
     "micro_batch_gradients",
     "momentum_step",
     "most_replicas",
@@ -228,6 +237,7 @@ __all__ = [
     "position_noise",
     "possible_meshes",
     "qkv_rows",
+    "quiet_ratio",
     "range_boxes",
     "rank_batch",
     "rank_correlation",
@@ -239,8 +249,10 @@ __all__ = [
     "ring_neighbours",
     "ring_pays_from",
     "ring_time",
+    "rotation",
     "sent_bytes",
     "sequence_gradients",
+    "serial_fraction",
     "shard_bounds",
     "sharded_momentum",
     "sharpness",
