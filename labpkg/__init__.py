@@ -41,6 +41,31 @@ _EXPORTS = {
     "pipeline_bytes": "planning.model_parallel",
     "gpt_layer_cuts": "planning.model_parallel",
     "Layout": "planning.layout",
+    "Configuration": "planning.configuration",
+    "Term": "planning.terms",
+    "Hardware": "planning.hardware",
+    "HARDWARE": "planning.hardware",
+    "find_hardware": "planning.hardware",
+    "hardware_json": "planning.hardware",
+    "MODEL_SHAPES": "planning.models",
+    "find_model": "planning.models",
+    "Estimate": "planning.estimates",
+    "estimate": "planning.estimates",
+    "Plan": "planning.plans",
+    "format_plans": "planning.plans",
+    "plan": "planning.planner",
+    "peak_memory": "planning.memory",
+    "PeakMemory": "planning.memory",
+    "DividedWork": "planning.scaling",
+    "parallel_efficiency": "planning.scaling",
+    "palm_flops_per_token": "planning.scaling",
+    "model_flops_utilization": "planning.scaling",
+    "Table": "planning.tables",
+    "read_table": "planning.tables",
+    "write_table": "planning.tables",
+    "predict_table": "planning.predictions",
+    "score_tables": "planning.scoring",
+    "Score": "planning.scoring",
     "cross_entropy": "foundations.losses",
     "SGD": "foundations.optimizers",
     "AdamW": "foundations.optimizers",
@@ -130,11 +155,12 @@ _EXPORTS = {
     "PendingSave": "runs.checkpoint_save",
     "show": "display",
 }
-_MODULES = ("check", "plot")
+_MODULES = ("bench", "check", "plot")
 
 __all__ = ["__version__", *sorted(_EXPORTS), *_MODULES]  # pyright: ignore
 
 if TYPE_CHECKING:
+    from labpkg import bench as bench
     from labpkg import check as check
     from labpkg import plot as plot
     from labpkg.display import show as show
@@ -200,26 +226,53 @@ if TYPE_CHECKING:
         hierarchical_all_reduce_time as hierarchical_all_reduce_time,
     )
     from labpkg.planning.communication import level_between as level_between
+    from labpkg.planning.configuration import Configuration as Configuration
     from labpkg.planning.cost import activation_bytes as activation_bytes
     from labpkg.planning.cost import data_parallel_bytes as data_parallel_bytes
     from labpkg.planning.cost import model_state_bytes as model_state_bytes
     from labpkg.planning.cost import wire_bytes as wire_bytes
     from labpkg.planning.cost import zero_bytes as zero_bytes
+    from labpkg.planning.estimates import Estimate as Estimate
+    from labpkg.planning.estimates import estimate as estimate
+    from labpkg.planning.hardware import HARDWARE as HARDWARE
+    from labpkg.planning.hardware import Hardware as Hardware
+    from labpkg.planning.hardware import find_hardware as find_hardware
+    from labpkg.planning.hardware import hardware_json as hardware_json
     from labpkg.planning.layout import Layout as Layout
+    from labpkg.planning.memory import PeakMemory as PeakMemory
+    from labpkg.planning.memory import peak_memory as peak_memory
     from labpkg.planning.model_parallel import gpt_layer_cuts as gpt_layer_cuts
     from labpkg.planning.model_parallel import pipeline_bytes as pipeline_bytes
     from labpkg.planning.model_parallel import (
         tensor_parallel_bytes as tensor_parallel_bytes,
     )
+    from labpkg.planning.models import MODEL_SHAPES as MODEL_SHAPES
+    from labpkg.planning.models import find_model as find_model
+    from labpkg.planning.planner import plan as plan
+    from labpkg.planning.plans import Plan as Plan
+    from labpkg.planning.plans import format_plans as format_plans
+    from labpkg.planning.predictions import predict_table as predict_table
+    from labpkg.planning.scaling import DividedWork as DividedWork
+    from labpkg.planning.scaling import (
+        model_flops_utilization as model_flops_utilization,
+    )
+    from labpkg.planning.scaling import palm_flops_per_token as palm_flops_per_token
+    from labpkg.planning.scaling import parallel_efficiency as parallel_efficiency
     from labpkg.planning.schedules import gpipe as gpipe
     from labpkg.planning.schedules import interleaved as interleaved
     from labpkg.planning.schedules import one_f_one_b as one_f_one_b
     from labpkg.planning.schedules import zero_bubble as zero_bubble
+    from labpkg.planning.scoring import Score as Score
+    from labpkg.planning.scoring import score_tables as score_tables
     from labpkg.planning.shapes import ModelShape as ModelShape
     from labpkg.planning.simulator import Span as Span
     from labpkg.planning.simulator import StageCost as StageCost
     from labpkg.planning.simulator import Timeline as Timeline
     from labpkg.planning.simulator import simulate as simulate
+    from labpkg.planning.tables import Table as Table
+    from labpkg.planning.tables import read_table as read_table
+    from labpkg.planning.tables import write_table as write_table
+    from labpkg.planning.terms import Term as Term
     from labpkg.processes.algorithms import (
         recursive_doubling_all_reduce as recursive_doubling_all_reduce,
     )

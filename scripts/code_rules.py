@@ -265,18 +265,19 @@ def docstring_violations(package: list[Module]) -> list[str]:
             found.append(f"{where}: {name} is exported but not defined there")
             continue
         module, node = definition
-        problems = (
-            _class_problems(node)
-            if isinstance(node, ast.ClassDef)
-            else _function_problems(node, "Returns")
-        )
+        if isinstance(node, ast.AnnAssign):
+            problems = _value_problems(module, node)
+        elif isinstance(node, ast.ClassDef):
+            problems = _class_problems(node)
+        else:
+            problems = _function_problems(node, "Returns")
         found += [f"{module.path}:{line}: {name}{text}" for line, text in problems]
     return found
 
 
 def _definition(
     by_name: dict[str, Module], where: str, name: str
-) -> tuple[Module, ast.ClassDef | Function] | None:
+) -> tuple[Module, ast.ClassDef | ast.AnnAssign | Function] | None:
     """Find the definition of a name, also when its module re-exports it."""
     module = by_name.get(where)
     if module is None:
@@ -284,11 +285,21 @@ def _definition(
     for node in reversed(module.tree.body):  # overloads come before it
         if isinstance(node, ast.ClassDef | Function) and node.name == name:
             return module, node
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name:
+            return module, node
     for _, target in imports(module):
         origin, _, imported = target.removeprefix("labpkg.").rpartition(".")
         if imported == name and origin != where:
             return _definition(by_name, origin, name)
     return None
+
+
+def _value_problems(module: Module, node: ast.AnnAssign) -> list[tuple[int, str]]:
+    for below in module.tree.body:
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            if below.lineno == (node.end_lineno or node.lineno) + 1:
+                return []
+    return [(node.lineno, " has no string below it")]
 
 
 def _function_problems(node: Function, *sections: str) -> Iterator[tuple[int, str]]:

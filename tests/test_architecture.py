@@ -255,7 +255,8 @@ def test_a_missing_docstring_section_is_found(remove, problem):
         'class f:\n    """Doc."""\n    def g(self): pass',
         'class f:\n    """Doc."""\n    def __init__(self, x): pass',
         '@dataclass\nclass f:\n    """Doc."""\n    x: int',
-        "x = 1",
+        "f = 1",
+        "f: int = 1",
     ],
 )
 def test_missing_documentation_is_found(source):

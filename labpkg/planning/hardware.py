@@ -330,7 +330,7 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
         )
     }
 )
-
+"""What `find_hardware` knows, by name."""
 
 _ALIASES = {"a100": "a100-80gb", "h100-sxm": "h100", "h100-80gb": "h100"}
 
@@ -342,6 +342,9 @@ def find_hardware(name: str) -> Hardware:
         name: A key of `HARDWARE` in any case, spaces and underscores for hyphens, or
             `a100`, `h100-sxm`; or the path of a file that ends in `.json`, as
             `hardware_json` and `labpkg bench hardware --json` write it.
+
+    Returns:
+        The entry; change a number with `dataclasses.replace`.
 
     Raises:
         ValueError: If there is no such entry, or the file is none.
@@ -364,6 +367,9 @@ def hardware_json(hardware: Hardware) -> str:
 
     Args:
         hardware: The entry.
+
+    Returns:
+        JSON with a field for each of its fields.
     """
     return json.dumps(asdict(hardware), indent=2) + "\n"
 

@@ -111,11 +111,15 @@ _ALIASES = {"llama-70b": "llama2-70b", "gpt2-small": "gpt2", "gpt3": "gpt3-175b"
 
 
 def find_model(name: str) -> ModelShape:
-    """Return the shape of a published model; change a size with `dataclasses.replace`.
+    """Return the shape of a published model.
 
     Args:
         name: A key of `MODEL_SHAPES` in any case, spaces and underscores for hyphens,
             or `llama-70b` (Llama 2), `gpt3`, `gpt2-small`.
+
+    Returns:
+        The shape, with the length of its sequences in training; change a size with
+        `dataclasses.replace`.
 
     Raises:
         ValueError: If the library does not know it.
