@@ -228,10 +228,10 @@ def test_a_job_goes_on_when_a_node_dies(tmp_path, slurm, isolated):
 
 @needs_tyro
 @pytest.mark.soak
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_job_grows_when_a_node_joins(tmp_path, two_nodes, slurm):
-    out = tmp_path / "run"
-    job = Job(two_nodes, tmp_path, slurm, *_options(out, 6000))
+    out, steps = tmp_path / "run", 12_000  # lasts until the node is there
+    job = Job(two_nodes, tmp_path, slurm, *_options(out, steps))
     job.start(0)
     job.wait_for_checkpoint()
     job.start(1)
@@ -239,7 +239,7 @@ def test_a_job_grows_when_a_node_joins(tmp_path, two_nodes, slurm):
     assert result["num_ranks"] == 4
     assert int(result["resumed_from"].rpartition("_")[2]) >= 5
     options = {"data": "digits", "precision": "fp64", "device": "cpu"}
-    options |= {"steps": 6000, "global_batch_size": 16, "out": tmp_path / "whole"}
+    options |= {"steps": steps, "global_batch_size": 16, "out": tmp_path / "whole"}
     whole = Trainer(TrainConfig(**options)).run()
     assert result["validation_loss"] == pytest.approx(whole.validation_loss, rel=1e-6)
 
