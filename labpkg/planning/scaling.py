@@ -138,6 +138,9 @@ def parallel_efficiency(one_s: float, many_s: float, n: int) -> float:
         many_s: Seconds of n ranks for the same work.
         n: Ranks, at least 1.
 
+    Returns:
+        E, 1 if nothing is repeated, waited for or communicated.
+
     Raises:
         ValueError: If a time is not positive, or n below 1.
     """
@@ -146,8 +149,8 @@ def parallel_efficiency(one_s: float, many_s: float, n: int) -> float:
     return one_s / (n * many_s)
 
 
-def in_flight(throughput_per_s: float, latency_s: float) -> float:
-    """Return how many requests are under way on average: N = X R, Little's law.
+def littles_law(throughput_per_s: float, latency_s: float) -> float:
+    """Return how many requests are in flight on average: N = X R.
 
     It holds for any system in which as many come as go, whatever the order, the
     distribution of times, or the number of workers.
@@ -155,6 +158,9 @@ def in_flight(throughput_per_s: float, latency_s: float) -> float:
     Args:
         throughput_per_s: X, requests that are answered per second.
         latency_s: R, mean seconds from the arrival of a request to its answer.
+
+    Returns:
+        N, the mean number over time.
 
     Raises:
         ValueError: If one of them is not positive.
@@ -180,6 +186,9 @@ def palm_flops_per_token(
         num_layers: L.
         width: D.
         sequence_length: T.
+
+    Returns:
+        FLOPs.
 
     Raises:
         ValueError: If one of them is not positive.
@@ -209,6 +218,9 @@ def model_flops_utilization(
         flops_per_token: Forward and backward, under a convention.
         peak_flops: FLOP/s of the hardware in the precision of the matrix products,
             dense.
+
+    Returns:
+        A fraction, 0.4 for 40 %.
 
     Raises:
         ValueError: If one of them is not positive.

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from labpkg.planning.scaling import (
     DividedWork,
-    in_flight,
+    littles_law,
     model_flops_utilization,
     palm_flops_per_token,
     parallel_efficiency,
@@ -80,7 +80,7 @@ def test_slower_with_more_ranks_leaves_nothing_to_divide():
         (lambda: DividedWork(serial_s=1, divided_s=1).speedup(0), "n=0 ranks"),
         (lambda: parallel_efficiency(1, 0, 2), "many_s=0"),
         (lambda: parallel_efficiency(1, 1, 0), "n=0 ranks"),
-        (lambda: in_flight(-1, 1), "throughput_per_s=-1"),
+        (lambda: littles_law(-1, 1), "throughput_per_s=-1"),
         (
             lambda: palm_flops_per_token(0, num_layers=1, width=1, sequence_length=1),
             "num_parameters=0",
@@ -107,7 +107,7 @@ def test_little_s_law_holds_for_every_order_of_visits(visits):
     )
     throughput = len(visits) / (end - start)
     latency = math.fsum(b - a for a, b in visits) / len(visits)
-    assert in_flight(throughput, latency) == pytest.approx(area / (end - start))
+    assert littles_law(throughput, latency) == pytest.approx(area / (end - start))
 
 
 MEGATRON = [  # layers, width, heads, GPUs, batch, seconds per iteration, MFU in percent
