@@ -27,6 +27,7 @@ from labpkg.planning.shapes import ModelShape
 
 Value = int | bool | str
 _LARGEST = 10**9  # beyond any job; a typing error rather than a size
+_BLANK = "blank, but there is no default; write a number"
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _FLAGS = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 
@@ -150,7 +151,7 @@ def read_value(name: str, cells: Mapping[str, str]) -> Value:
     if column.of:
         return column.derive(read_value(column.of, cells))
     if column.default is None:
-        raise ValueError("is blank, but has no default; write a number")
+        raise ValueError(_BLANK)
     return column.default
 
 
@@ -164,16 +165,20 @@ def read_job(cells: Mapping[str, str]) -> dict[str, Value]:
         ValueError: If cells are blank without a default, or no possible value; the
             message names every such column.
     """
+    blank = [name for name in _REQUIRED if not cells.get(name, "").strip()]
     values: dict[str, Value] = {}
-    wrong: dict[str, str] = {}
+    wrong = [f"column {', '.join(blank)}: {_BLANK}"] if blank else []
+    failed = set(blank)
     for name, column in _COLUMNS.items():
+        if name in blank or (column.of in failed and not cells.get(name, "").strip()):
+            continue
         try:
             values[name] = read_value(name, cells)
         except ValueError as error:
-            if column.of not in wrong or cells.get(name, "").strip():
-                wrong[name] = f"column {name}: {error}"
+            failed.add(name)
+            wrong.append(f"column {name}: {error}")
     if wrong:
-        raise ValueError("; ".join(wrong.values()))
+        raise ValueError("; ".join(wrong))
     return values
 
 

@@ -191,6 +191,8 @@ def _check_rows(predicted: Table, measured: Table) -> None:
     different = []
     pairs = zip(predicted.cells(), measured.cells(), strict=True)
     for number, (mine, theirs) in enumerate(pairs, 1):
+        if number - 1 in measured.problems:
+            continue
         name = next((n for n in shared if not _same(n, mine, theirs)), None)
         if name is not None:
             different.append((number, name, mine.get(name, ""), theirs[name]))

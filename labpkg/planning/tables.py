@@ -72,10 +72,11 @@ def read_table(path: str | Path) -> Table:
         path: A file in UTF-8 whose first line names the columns.
 
     Returns:
-        The table; rows of the wrong length are filled or cut and listed in `problems`.
+        The table; rows of the wrong length or with an open quote are filled or cut, and
+        listed in `problems`.
 
     Raises:
-        ValueError: If the file is no text in UTF-8, is empty, or leaves a quote open.
+        ValueError: If the file is no text in UTF-8 or is empty.
         OSError: If it cannot be read.
     """
     name = str(path)
@@ -84,26 +85,20 @@ def read_table(path: str | Path) -> Table:
         raise ValueError(f"{name} is empty; its first line must name the columns")
     text = text.lstrip("\r\n")
     delimiter = max(_DELIMITERS, key=lambda mark: _columns_with(mark, text))
-    records = _records(text, delimiter, name)
-    header = tuple(next(records))
+    header, *records = _records(text, delimiter)
     rows, problems = [], {}
     for record in records:
         if not record and len(header) > 1:
             continue
-        while len(record) > len(header) and not record[-1].strip():
-            record.pop()
-        if record and len(record) != len(header):
-            problems[len(rows)] = (
-                f"has {len(record)} cells, but the header has {len(header)} columns; "
-                f"quote a cell that holds a {delimiter!r}"
-            )
-        record += [""] * (len(header) - len(record))
-        rows.append(tuple(record[: len(header)]))
+        problem = _fit(record, len(header), delimiter)
+        if problem:
+            problems[len(rows)] = problem
+        rows.append(tuple(record))
     return Table(
         name=name,
         columns=tuple(column.strip() for column in header),
         rows=rows,
-        header=header,
+        header=tuple(header),
         delimiter=delimiter,
         problems=problems,
     )
@@ -145,12 +140,43 @@ def _columns_with(delimiter: str, text: str) -> int:
     return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)))
 
 
-def _records(text: str, delimiter: str, name: str) -> Iterator[list[str]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _fit(record: list[str], length: int, delimiter: str) -> str:
+    """Fill or cut a row, and return what is wrong with it."""
+    problem = record.problem if isinstance(record, _Unquoted) else ""
+    while len(record) > length and not record[-1].strip():
+        record.pop()
+    if record and len(record) != length and not problem:
+        problem = (
+            f"has {len(record)} cells, but the header has {length} columns; give it as "
+            f"many, and quote a cell that holds a {delimiter!r}"
+        )
+    record[:] = (record + [""] * length)[:length]
+    return problem
+
+
+class _Unquoted(list[str]):
+    """Cells of a line whose quotes are wrong, as they stand."""
+
+    problem: str
+
+
+def _records(text: str, delimiter: str) -> list[list[str]]:
+    lines = io.StringIO(text, newline="")
     try:
-        yield from reader
+        return list(csv.reader(lines, delimiter=delimiter, strict=True))
+    except csv.Error:
+        # A quote that is left open would swallow the rows below: each line for itself.
+        lines = io.StringIO(text, newline=None)
+        return [_record(line.rstrip("\n"), delimiter) for line in lines]
+
+
+def _record(line: str, delimiter: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=delimiter, strict=True), [])
     except csv.Error as error:
-        raise ValueError(
-            f"{name}, line {reader.line_num}: {error}; close each quote, and write a "
-            'quote inside a quoted cell twice ("")'
-        ) from None
+        cells = _Unquoted(line.split(delimiter))
+        cells.problem = (
+            f"cannot be read: {error}; close each quote, and write a quote inside a quoted cell twice "
+            '("")'
+        )
+        return cells

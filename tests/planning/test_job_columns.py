@@ -104,7 +104,7 @@ def test_more_stages_on_a_rank_interleave():
 @pytest.mark.parametrize(
     ("cells", "says"),
     [
-        ({"layers": ""}, "column layers: is blank, but has no default"),
+        ({"layers": ""}, "column layers: blank, but there is no default"),
         ({"mbs": "-1"}, "column mbs: -1 is below 1; choose 1 to 1000000000"),
         ({"mbs": "0"}, "column mbs: 0 is below 1"),
         ({"mbs": "1e12"}, "column mbs: 1e12 is above 1000000000"),
@@ -134,10 +134,10 @@ def test_an_impossible_job_is_refused_in_the_words_of_the_table(cells, says):
 
 def test_all_wrong_cells_are_named_once():
     with pytest.raises(ValueError) as refused:
-        job(heads="x", width="", mbs="0", kv_heads="y")
+        job(heads="x", width="", layers=" ", mbs="0", kv_heads="y")
     parts = str(refused.value).split("; column ")
     names = [part.removeprefix("column ").split(":")[0] for part in parts]
-    assert names == ["width", "heads", "mbs", "kv_heads"]
+    assert names == ["layers, width", "heads", "mbs", "kv_heads"]
 
 
 def test_a_single_value_has_its_default():
@@ -145,7 +145,7 @@ def test_a_single_value_has_its_default():
     assert read_value("ffn", {"width": "10", "ffn": "16"}) == 16
     assert read_value("sp", {}) is False
     assert read_value("sp", {"tp": "2"}) is True
-    with pytest.raises(ValueError, match="is blank"):
+    with pytest.raises(ValueError, match="blank, but"):
         read_value("kv_heads", {})
 
 

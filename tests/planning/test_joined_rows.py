@@ -144,6 +144,8 @@ def test_a_row_of_the_wrong_length_is_left_out_of_the_score():
     broken = measured(*[("9", "60")] * 5, problems=dict.fromkeys(range(4), "is short"))
     rows, notes = join_tables(forecast, broken)
     assert len(rows) == 1
+    job = measured(("8", "9"), columns=("kv_heads", "mem_gib"), problems={0: "is odd"})
+    assert join_tables(predicted(("10", "70", "1")), job)[0] == []
     assert notes[-1] == (
         "4 rows left out: row 1 of MEASURED.csv is short; row 2 of MEASURED.csv is "
         "short; row 3 of MEASURED.csv is short and 1 more"

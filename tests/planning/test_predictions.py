@@ -71,7 +71,7 @@ def test_a_bad_row_has_blanks_and_says_why():
     assert first["error"] == ""
     assert negative["error"].startswith("row 2: column mbs: -2 is below 1")
     assert product["error"].startswith("row 3: dp=4 x tp=1 x pp=1 x cp=1 = 4 ranks")
-    assert blank["error"].startswith("row 4: column layers: is blank")
+    assert blank["error"].startswith("row 4: column layers, width, heads, vocab")
     for answer in (negative, product, blank):
         assert [v for k, v in answer.items() if k != "error"] == [""] * 5
         assert "\n" not in answer["error"]
