@@ -46,6 +46,9 @@ def predict_table(
         hardware: The machine of rows that name none in a column `hardware`.
         predict: What makes an estimate; another model of cost can be put here.
 
+    Returns:
+        A table with as many rows and six columns more.
+
     Raises:
         ValueError: If a required column is missing or one of a job is there twice, or
             there is no hardware at all.

@@ -218,6 +218,9 @@ def score_tables(predicted: Table, measured: Table) -> Score:
         predicted: With the columns of jobs and of predictions.
         measured: As many rows; any column of a job that it has is compared.
 
+    Returns:
+        The errors, the cells and the verdicts; `notes` says what was left out.
+
     Raises:
         ValueError: If rows differ in number or in a column of a job, or a table has
             nothing to compare.

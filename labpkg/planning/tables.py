@@ -176,7 +176,7 @@ def _record(line: str, delimiter: str) -> list[str]:
     except csv.Error as error:
         cells = _Unquoted(line.split(delimiter))
         cells.problem = (
-            f"cannot be read: {error}; close each quote, and write a quote inside a quoted cell twice "
-            '("")'
+            f"cannot be read: {error}; close each quote, and write one inside a quoted "
+            'cell twice ("")'
         )
         return cells
