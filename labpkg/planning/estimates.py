@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from labpkg.planning.configuration import Configuration
 from labpkg.planning.hardware import Hardware
 from labpkg.planning.memory import peak_memory, usable_bytes
-from labpkg.planning.shapes import ModelShape
+from labpkg.planning.scaling import model_flops_utilization, palm_flops_per_token
 from labpkg.planning.step_time import step_time
 from labpkg.planning.terms import Term, total
 
@@ -69,13 +69,17 @@ class Estimate:
         The model's FLOPs are 6 N + 12 L D T for each token, whatever is recomputed; N
         counts tied weights once.
         """
-        peak = self.hardware.peak_flops[self.configuration.precision]
-        return self.tokens_per_s_per_gpu * _flops(self.configuration.model) / peak
-
-
-def _flops(model: ModelShape) -> int:
-    attention = 12 * model.num_layers * model.width * model.sequence_length
-    return 6 * model.num_parameters + attention
+        model = self.configuration.model
+        return model_flops_utilization(
+            self.tokens_per_s_per_gpu,
+            flops_per_token=palm_flops_per_token(
+                model.num_parameters,
+                num_layers=model.num_layers,
+                width=model.width,
+                sequence_length=model.sequence_length,
+            ),
+            peak_flops=self.hardware.peak_flops[self.configuration.precision],
+        )
 
 
 def estimate(configuration: Configuration, hardware: Hardware) -> Estimate:

@@ -229,14 +229,23 @@ def _search(
     best: list[Estimate] = []
     leanest, least_bytes = None, math.inf
     most_bytes = usable_bytes(task.hardware)
+    too_large: dict[tuple[Any, ...], int] = {}  # the smallest micro-batch that was
     bounds = [(_least_time(job, task.hardware), job) for job in task.jobs()]
     for least_s, job in sorted(bounds, key=lambda pair: pair[0]):
         if len(best) == num_plans and least_s > best[-1].step_s:
             break
+        # Half the micro-batch never needs more: twice as many micro-batches fill what a
+        # schedule keeps at most. Between divisors that are closer, an uneven group of
+        # the interleaved schedule can.
+        others = _all_but_batch(job)
+        if 2 * too_large.get(others, job.micro_batch_size) <= job.micro_batch_size:
+            continue
         num_bytes = peak_memory(job).num_bytes
         if num_bytes < least_bytes:
             leanest, least_bytes = job, num_bytes
         if num_bytes > most_bytes:
+            size = job.micro_batch_size
+            too_large[others] = min(size, too_large.get(others, size))
             continue
         own = estimate(job, task.hardware)
         insort(best, own, key=_order)
@@ -245,6 +254,11 @@ def _search(
             best.remove(alike[-1])
         del best[num_plans:]
     return best, leanest
+
+
+def _all_but_batch(job: Configuration) -> tuple[Any, ...]:
+    schedule = job.schedule, job.num_virtual_stages
+    return job.dp, job.tp, job.pp, job.cp, job.zero, job.recompute, *schedule
 
 
 def _axes(own: Estimate) -> tuple[int, ...]:
@@ -313,5 +327,10 @@ def _world_size_that_fits(task: _Task) -> int | None:
 
 
 def _fits_somewhere(task: _Task) -> bool:
-    best, _ = _search(task, num_plans=1, variants=1)
-    return bool(best)
+    """Whether any job fits, asked of those that keep least for backward."""
+    lean = {"recompute": "full", **task.fixed}
+    if "grad_accum_steps" not in lean:
+        lean = {"micro_batch_size": 1, **lean}
+    most = usable_bytes(task.hardware)
+    jobs = replace(task, fixed=lean).jobs()
+    return any(peak_memory(job).num_bytes <= most for job in jobs)

@@ -149,6 +149,9 @@ def format_plans(plans: Sequence[Plan]) -> str:
 
     Args:
         plans: As `plan` returns them.
+
+    Returns:
+        A line of names, and one for each plan.
     """
     head = (
         *("#", *_AXES, "zero", "micro-batch", "passes", "schedule", "recompute"),
@@ -189,6 +192,9 @@ def describe(job: Configuration) -> str:
 
     Args:
         job: The job.
+
+    Returns:
+        What differs from one GPU without any division.
     """
     words = [f"{axis} {size}" for axis in _AXES if (size := getattr(job, axis)) > 1]
     words = words or ["one GPU"]
@@ -279,7 +285,7 @@ def schedule_choices(num_layers: int, num_ranks: int) -> list[dict[str, Any]]:
     if num_ranks == 1:
         return [{"schedule": "1f1b", "num_virtual_stages": 1}]
     layers = num_layers // num_ranks  # of a rank, at least
-    virtual = [v for v in range(2, layers + 1) if layers % v == 0]
+    virtual = [v for v in range(2, layers + 1) if v == 2 or layers % v == 0]
     choices = [("1f1b", 1), *(("interleaved", v) for v in virtual), ("zb-h1", 1)]
     choices += [("zb-v", 2)] * (layers > 1)
     return [{"schedule": name, "num_virtual_stages": v} for name, v in choices]
