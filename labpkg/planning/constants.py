@@ -47,49 +47,68 @@ class Constants:
 
     # Time
     matmul_efficiency: float = _fitted(
-        0.75,
-        "matrix products of a training step, as a share of the best large product",
+        0.97,
+        "rate of the matrix products of a training step, as a share of the best large "
+        "product",
         "1",
         0.4,
         1.0,
     )
     activation_passes: float = _fitted(
-        40.0,
-        "passes of norms, activation functions, residual sums and copies over a tensor "
-        "of the width, forward and backward of one layer",
+        16.3,
+        "how often forward and backward together read or write what lies between two "
+        "matrix products: norms, activation functions, residual sums, casts, loss",
         "1",
-        10,
-        100,
+        4.0,
+        30.0,
     )
     launch_s: float = _fitted(
-        2.2e-3,
-        "host time to launch forward and backward of one layer, undivided",
+        0.0022,
+        "host time to launch forward and backward of one layer; twice that if the "
+        "layer is divided",
         "s",
         5e-4,
         5e-3,
     )
     optimizer_passes: float = _fitted(
-        3.0,
-        "passes of step, clipping and bookkeeping over the 16 bytes of state of each "
-        "parameter",
+        9.8,
+        "how often step, clipping and bookkeeping read or write the float32 numbers of "
+        "a parameter: gradient, master copy and both moments",
         "1",
-        1,
-        10,
+        2.0,
+        12.0,
     )
     overlap: float = _fitted(
-        0.3,
-        "share of the last backward that hides the traffic of data parallelism",
+        0.0,
+        "share of the last backward that hides the gradients' traffic of ZeRO 0 and 1",
         "1",
-        0,
-        1,
+        0.0,
+        1.0,
+    )
+    prefetch: float = _fitted(
+        0.76,
+        "share of every pass that hides the traffic of divided weights and gradients, "
+        "ZeRO 2 and 3",
+        "1",
+        0.0,
+        1.0,
     )
     pipeline_wait: float = _fitted(
-        7.0,
-        "steps of a network ring for which each step of a tensor-parallel ring waits "
-        "while the messages of a pipeline cross the network",
+        6.1,
+        "network latencies for which the host waits with each call of a "
+        "tensor-parallel group, per rank of it, while messages of a pipeline cross the "
+        "network",
         "1",
-        0,
-        20,
+        0.0,
+        20.0,
+    )
+    network_share: float = _fitted(
+        0.64,
+        "bandwidth between nodes that a ring reaches in training, as a share of what "
+        "a benchmark of large messages reaches",
+        "1",
+        0.3,
+        1.0,
     )
 
     # Memory
@@ -102,7 +121,7 @@ class Constants:
         1.6,
     )
     gathered_inputs: float = _fitted(
-        0.24,
+        0.25,
         "share of the inputs gathered under sequence parallelism that stays for "
         "backward instead of being gathered again",
         "1",
@@ -110,21 +129,22 @@ class Constants:
         1.0,
     )
     logit_copies: float = _fitted(
-        1.14,
-        "float32 tensors of the logits that the loss has at once, with its gradient",
+        0.85,
+        "float32 tensors of the logits that the loss has at once, with its gradient: "
+        "0.5 to 1 if it is fused, 2 to 4 if it is not",
         "1",
         0.5,
         5.0,
     )
     workspace_bytes: float = _fitted(
-        0.86e9,
+        0.87e9,
         "workspaces of matrix products and buffers of any model",
         "bytes",
         0.0,
         2e9,
     )
     reserved_memory: float = _fitted(
-        0.05,
+        0.08,
         "share of a GPU's memory that tensors cannot fill: context, communication, "
         "holes",
         "1",
