@@ -18,13 +18,17 @@ doi:10.1177/1094342005051521 (rings); Korthikanti et al. 2022, arXiv:2205.05198
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 from labpkg.planning.configuration import Configuration
+from labpkg.planning.constants import FITTED, Constants
 from labpkg.planning.cost import wire_bytes
 from labpkg.planning.hardware import Hardware
+from labpkg.planning.shapes import ModelShape
+from labpkg.planning.stages import stage_elements, stage_shares, stages_per_rank
 
-BUCKET_BYTES = 256e6
+BUCKET_BYTES = 512e6
 """Payload of one call of data-parallel traffic: larger tensors travel in pieces."""
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -56,11 +60,13 @@ class Traffic(NamedTuple):
     Attributes:
         axis: Over which ranks: tp, cp, pp, or dp (the data-parallel ranks, with those
             of cp).
-        phase: When: `layer` and `ends` for each micro-batch (one layer; embedding,
-            output matrix and loss), `border` of a stage, `step` once in a step.
+        phase: When. For each micro-batch: `layer` (each of them), `ends` (embedding,
+            output matrix and loss), `border` of a stage, `pass` (weights and gradients
+            of the whole rank). Once in a step: `step` (gradients after the last
+            backward) and `update` (weights after the optimizer).
         op: Name of the collective, as `labpkg.count_comms` has it.
         payload_bytes: S of one call.
-        calls: For one micro-batch, or in the step for the phase `step`.
+        calls: How often in its phase.
     """
 
     axis: str
@@ -95,20 +101,26 @@ def place_axis(configuration: Configuration, axis: str) -> AxisPlace:
 
 
 def collective_s(
-    op: str, payload_bytes: float, place: AxisPlace, hardware: Hardware
+    op: str,
+    payload_bytes: float,
+    place: AxisPlace,
+    hardware: Hardware,
+    constants: Constants = FITTED,
 ) -> float:
     """Return the seconds of one collective over the ranks of an axis.
 
     A ring takes n - 1 rounds, each with the latency of its slowest link, and sends
     `wire_bytes` at the bus bandwidth. All groups of the axis run at once: of what a
-    node sends, a group gets the share of its GPUs. An all_reduce needs twice the bytes,
-    but not twice the time of rounds: libraries run both halves as a pipeline.
+    node sends, a group gets the share of its GPUs, and of that what rings reach beside
+    other traffic (`constants.network_share`). Libraries run an all_reduce as trees or
+    as two rings that overlap: measured ones pay half the latency of a ring.
 
     Args:
         op: As in `wire_bytes`; a `send` is one message.
         payload_bytes: S.
         place: Of the axis.
         hardware: The machine.
+        constants: The fitted numbers.
 
     Returns:
         Seconds, 0 for one rank.
@@ -119,17 +131,19 @@ def collective_s(
     n = place.n
     if n == 1:
         return 0.0
-    latency, rate = _link(place, hardware)
-    rounds = 1 if op == "send" else n - 1
+    latency, rate = _link(place, hardware, constants)
+    rounds = {"send": 1, "all_reduce": (n - 1) / 2}.get(op, n - 1)
     return rounds * latency + wire_bytes(op, payload_bytes, n) / rate
 
 
-def _link(place: AxisPlace, hardware: Hardware) -> tuple[float, float]:
+def _link(
+    place: AxisPlace, hardware: Hardware, constants: Constants
+) -> tuple[float, float]:
     if place.nodes == 1:
         return hardware.node_latency_s, hardware.node_bytes_per_s
-    share = place.per_node / place.gpus_per_node
-    rate = min(hardware.node_bytes_per_s, hardware.network_rate(place.nodes) * share)
-    return hardware.network_latency_s, rate
+    share = constants.network_share * place.per_node / place.gpus_per_node
+    rate = share * hardware.network_rate(place.nodes)
+    return hardware.network_latency_s, min(rate, hardware.node_bytes_per_s)
 
 
 def step_traffic(configuration: Configuration) -> tuple[Traffic, ...]:
@@ -149,6 +163,30 @@ def step_traffic(configuration: Configuration) -> tuple[Traffic, ...]:
         cut = job.tp if job.cuts_sequence else 1
         found.append(Traffic("pp", "border", "send", _stream_bytes(job) / cut, 2))
     return (*found, *_data_parallel(job))
+
+
+def held_elements(configuration: Configuration) -> int:
+    """Return the parameters of the rank of the pipeline that holds most.
+
+    Args:
+        configuration: The job; ZeRO does not count here.
+    """
+    job = configuration
+    v = stages_per_rank(job)
+    return _held_elements(job.model, job.pp, v, job.tp, job.schedule == "zb-v")
+
+
+@lru_cache(maxsize=4096)
+def _held_elements(
+    model: ModelShape, P: int, v: int, tp: int, down_and_up: bool
+) -> int:
+    held = [0] * P
+    for stage, share in enumerate(stage_shares(model, P * v)):
+        mirrored = down_and_up and stage >= P
+        held[2 * P - 1 - stage if mirrored else stage % P] += stage_elements(
+            share, model, tp=tp
+        )
+    return max(held)
 
 
 def _stream_bytes(job: Configuration) -> float:
@@ -188,23 +226,22 @@ def _context_parallel(job: Configuration) -> list[Traffic]:
 
 
 def _data_parallel(job: Configuration) -> list[Traffic]:
-    n = job.dp * job.cp
-    if n == 1:
+    """Return the traffic of gradients and weights, of the rank that holds most.
+
+    Gradients that are divided (ZeRO 2 and 3) have to leave after every micro-batch.
+    """
+    if job.dp * job.cp == 1:
         return []
-    held = job.model.num_parameters / job.tp / job.pp
+    held = held_elements(job)
     weights, gradients = ITEMSIZE[job.precision] * held, GRADIENT_ITEMSIZE * held
     if job.zero == 0:
         return [_in_buckets("step", "all_reduce", gradients)]
-    if job.zero < 3:
-        return [
-            _in_buckets("step", "reduce_scatter", gradients),
-            _in_buckets("step", "all_gather", weights),
-        ]
-    gathers = _in_buckets("pass", "all_gather", weights)
-    return [
-        gathers._replace(calls=2 * gathers.calls),
-        _in_buckets("pass", "reduce_scatter", gradients),
-    ]
+    phase = "step" if job.zero == 1 else "pass"
+    scatters = _in_buckets(phase, "reduce_scatter", gradients)
+    gathers = _in_buckets("update", "all_gather", weights)
+    if job.zero == 3:  # before forward and again before backward
+        gathers = gathers._replace(phase="pass", calls=2 * gathers.calls)
+    return [scatters, gathers]
 
 
 def _in_buckets(phase: str, op: str, payload: float) -> Traffic:
