@@ -113,7 +113,7 @@ class Constants:
 
     # Memory
     activation_copies: float = _fitted(
-        1.08,
+        1.13,
         "bytes that a layer keeps, as a multiple of what backward needs: copies and "
         "casts of kernels",
         "1",
@@ -121,7 +121,7 @@ class Constants:
         1.6,
     )
     gathered_inputs: float = _fitted(
-        0.25,
+        0.47,
         "share of the inputs gathered under sequence parallelism that stays for "
         "backward instead of being gathered again",
         "1",
@@ -129,22 +129,15 @@ class Constants:
         1.0,
     )
     logit_copies: float = _fitted(
-        0.85,
+        0.93,
         "float32 tensors of the logits that the loss has at once, with its gradient: "
         "0.5 to 1 if it is fused, 2 to 4 if it is not",
         "1",
         0.5,
         5.0,
     )
-    workspace_bytes: float = _fitted(
-        0.87e9,
-        "workspaces of matrix products and buffers of any model",
-        "bytes",
-        0.0,
-        2e9,
-    )
     reserved_memory: float = _fitted(
-        0.08,
+        0.05,
         "share of a GPU's memory that tensors cannot fill: context, communication, "
         "holes",
         "1",

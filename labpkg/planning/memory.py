@@ -237,7 +237,6 @@ class _Parts(NamedTuple):
     recomputed: float
     logits: float
     gathered: float
-    workspace: float
 
 
 _SOURCES = (
@@ -249,7 +248,6 @@ _SOURCES = (
     ("recomputed layer", "arXiv:1604.06174; fitted: activation_copies"),
     ("logits", "float32 for the loss; fitted: logit_copies"),
     ("gathered layers", "arXiv:2304.11277"),
-    ("workspace", "fitted: workspace_bytes"),
 )
 
 
@@ -269,7 +267,6 @@ def _parts(c: Configuration, rank: int, constants: Constants) -> _Parts:
         recomputed=layer if recomputes and kept else 0.0,
         logits=_logits(c, heads, constants),
         gathered=_gathered(c, shares),
-        workspace=constants.workspace_bytes,
     )
 
 
@@ -360,7 +357,6 @@ def _terms(c: Configuration, rank: int, parts: _Parts) -> tuple[Term, ...]:
         f"one layer, whole, of {tokens}",
         f"float32 V/tp = {c.model.vocab_size / c.tp:.0f}, {tokens}",
         "weights of two units and gradients of one, whole",
-        "of any model",
     )
     return tuple(
         Term(name, value, formula, source)
