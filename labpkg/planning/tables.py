@@ -15,6 +15,7 @@ import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 _DELIMITERS = (",", ";", "\t")
 
@@ -115,7 +116,7 @@ def write_table(table: Table, path: str | Path) -> None:
         OSError: If it cannot be written.
     """
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter=table.delimiter, lineterminator="\n")
+        writer = csv.writer(_Lines(file), delimiter=table.delimiter)
         writer.writerow(table.header or table.columns)
         writer.writerows(table.rows)
 
@@ -135,9 +136,22 @@ def _decode(data: bytes, name: str) -> str:
     return text
 
 
-def _columns_with(delimiter: str, text: str) -> int:
+class _Lines:
+    """Take lines from a writer that ends them, as it quotes them, by two characters."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, line: str) -> None:
+        self._file.write(line.removesuffix("\r\n") + "\n")
+
+
+def _columns_with(delimiter: str, text: str) -> tuple[int, int]:
+    """Count the plain words of the header, and its cells if there are none."""
     # Not strict: under a wrong delimiter quotes end inside of a cell.
-    return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)))
+    header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    words = sum(cell.strip().isidentifier() for cell in header)
+    return words, 0 if words else len(header)
 
 
 def _fit(record: list[str], length: int, delimiter: str) -> str:

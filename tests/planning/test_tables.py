@@ -1,6 +1,11 @@
 """A table is read as people write it, and is written back unchanged."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from labpkg.planning.tables import Table, read_table, write_table
 
@@ -48,6 +53,26 @@ def test_a_written_table_is_read_as_it_was(table_of, tmp_path):
     assert again.header == ("a", "b", " c ", "a")
     assert again.rows[0] == ("x;y", " 1", 'say "ä"', "two\nlines")
     assert (tmp_path / "again.csv").read_text().startswith("a;b; c ;a\n")
+
+
+def test_a_delimiter_inside_a_name_is_no_delimiter(table_of):
+    assert table_of("a,b (x;y;z)\n1,2\n").columns == ("a", "b (x;y;z)")
+    assert table_of('a;b;"c, d, e"\n1;2;3\n').columns == ("a", "b", "c, d, e")
+    assert table_of("tok/s;GiB (peak)\n1;2\n").columns == ("tok/s", "GiB (peak)")
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=6)
+
+
+@given(st.lists(st.tuples(TEXT, TEXT), max_size=4), st.sampled_from(",;\t"))
+def test_any_text_survives_a_file(rows, delimiter):
+    table = Table(name="t", columns=("a", "b"), rows=rows, delimiter=delimiter)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "t.csv"
+        write_table(table, path)
+        again = read_table(path)
+    assert (again.columns, again.rows) == (table.columns, rows)
+    assert not again.problems
 
 
 def test_a_blank_line_is_a_blank_cell_of_a_single_column(table_of):
