@@ -193,6 +193,9 @@ def make_configuration(values: Mapping[str, Value]) -> Configuration:
     """
     number = {name: int(v) for name, v in values.items() if not isinstance(v, str)}
     gated = bool(values["gated_mlp"])
+    schedule = str(values["schedule"])
+    if number["vp"] > 1 and schedule == "1f1b":
+        schedule = "interleaved"
     try:
         return Configuration(
             model=ModelShape(
@@ -214,7 +217,7 @@ def make_configuration(values: Mapping[str, Value]) -> Configuration:
             zero=number["zero"],
             recompute=str(values["recompute"]),
             precision=str(values["precision"]),
-            schedule=_schedule(str(values["schedule"]), number["vp"]),
+            schedule=schedule,
             **{
                 name: number[name]
                 for name in ("nodes", "gpus_per_node", "dp", "tp", "pp", "cp")
@@ -223,16 +226,6 @@ def make_configuration(values: Mapping[str, Value]) -> Configuration:
     except ValueError as error:
         in_columns = _FIELD.sub(lambda field: _FIELDS[field[0]], str(error))
         raise ValueError(in_columns) from None
-
-
-def _schedule(schedule: str, vp: int) -> str:
-    most = {"gpipe": 1, "zb-h1": 1, "zb-v": 2}.get(schedule, vp)
-    if vp > most:
-        raise ValueError(
-            f"schedule={schedule} has at most {most} stages on each rank, but vp={vp}; "
-            f"choose vp={most} or schedule=interleaved"
-        )
-    return "interleaved" if vp > 1 and schedule == "1f1b" else schedule
 
 
 def require_columns(columns: Collection[str], table: str) -> None:

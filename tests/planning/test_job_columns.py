@@ -97,7 +97,7 @@ def test_more_stages_on_a_rank_interleave():
     assert job(**four).schedule == "interleaved"
     assert job(**four, schedule="zb-v").schedule == "zb-v"
     for schedule in ("gpipe", "zb-h1"):
-        with pytest.raises(ValueError, match="at most 1 stages on each rank, but vp=2"):
+        with pytest.raises(ValueError, match="has 1 stages on each rank, but vp=2"):
             job(**four, schedule=schedule)
 
 
