@@ -240,7 +240,7 @@ def _layer_work(
     split = _split_factor(job)
     return _Work(
         products=3 * split * (products + scores),
-        weights=products,
+        weights=split * products,
         memory=split * memory + accumulated,
         tp=traffic["tp", "layer"],
         cp=max(0.0, traffic["cp", "layer"] - 3 * scores),  # hidden by attention
@@ -264,7 +264,7 @@ def _head_work(
     split = _split_factor(job)
     return _Work(
         products=3 * split * products,
-        weights=products,
+        weights=split * products,
         memory=split * memory + accumulated,
         tp=traffic["tp", "ends"],
     )
@@ -365,15 +365,28 @@ def _work_terms(
     return [term for term in found if term.value]
 
 
-def _fill(job: Configuration, work: _Work, layers: int) -> float:
-    """Return the bubble, as a share of that of 1F1B."""
+class _Bubble(NamedTuple):
+    """Idle time of the slowest rank.
+
+    Attributes:
+        fill: What it waits for each other rank, as a share of that rank's pass.
+        extra: Own passes that it waits besides, for want of micro-batches.
+    """
+
+    fill: float
+    extra: float
+
+
+def _bubble(job: Configuration, work: _Work) -> _Bubble:
+    P, M, v = job.pp, job.grad_accum_steps, stages_per_rank(job)
     if job.schedule == "interleaved":
-        return 1 / job.num_virtual_stages
+        return _Bubble(1 / v, (v - 1) / v * max(0, P - M))
     if not job.schedule.startswith("zb"):
-        return 1.0
-    # Idle is F + I - W for each stage instead of F + I + W.
-    idle = 1 - 2 * work.weights / work.seconds
-    return idle / stages_per_rank(job)
+        return _Bubble(1.0, 0.0)
+    # Filling and draining take F + I - W of each other stage instead of F + I + W.
+    fill = (1 - 2 * work.weights / work.seconds) / v
+    missing = max(0, P - M) if v == 1 else max(0, 3 * P - 1 - 2 * M) / 2
+    return _Bubble(fill, missing / 3)
 
 
 def _pipeline_terms(
@@ -382,15 +395,15 @@ def _pipeline_terms(
     P, M, v = job.pp, job.grad_accum_steps, stages_per_rank(job)
     if P == 1:
         return []
-    fill = _fill(job, pipeline.slowest, pipeline.num_layers)
+    fill, extra = _bubble(job, pipeline.slowest)
     borders = M * v * (P - 1) / P + P - 1
     return [
         Term(
             "pipeline bubble",
-            fill * pipeline.others_s,
-            f"{fill:.2f} x the passes of {P - 1} other ranks ({job.schedule}, P={P}, "
-            f"M={M}, v={v})",
-            "simulate(schedule), uneven stages at most",
+            fill * pipeline.others_s + extra * pipeline.slowest.seconds,
+            f"{fill:.2f} x a pass of each of {P - 1} other ranks + {extra:.1f} own "
+            f"passes ({job.schedule}, P={P}, M={M}, v={v})",
+            "labpkg.simulate; Narayanan et al. 2021, arXiv:2104.04473",
         ),
         Term(
             "pipeline messages",
