@@ -60,6 +60,7 @@ _EXPORTS = {
     "parallel_efficiency": "planning.scaling",
     "palm_flops_per_token": "planning.scaling",
     "model_flops_utilization": "planning.scaling",
+    "littles_law": "planning.scaling",
     "Table": "planning.tables",
     "read_table": "planning.tables",
     "write_table": "planning.tables",
@@ -253,6 +254,7 @@ if TYPE_CHECKING:
     from labpkg.planning.plans import format_plans as format_plans
     from labpkg.planning.predictions import predict_table as predict_table
     from labpkg.planning.scaling import DividedWork as DividedWork
+    from labpkg.planning.scaling import littles_law as littles_law
     from labpkg.planning.scaling import (
         model_flops_utilization as model_flops_utilization,
     )
