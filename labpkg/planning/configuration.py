@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from labpkg.planning.layout import SCHEDULES
-from labpkg.planning.shapes import ModelShape
+from labpkg.planning.shapes import ModelShape, is_size
 
 RECOMPUTE = ("none", "selective", "full")
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -42,7 +42,8 @@ class Configuration:
         cp: Ranks that share each sequence.
         micro_batch_size: Sequences in one pass of a rank.
         grad_accum_steps: Passes of a rank in a step; in a pipeline its micro-batches.
-        num_virtual_stages: Stages of each rank, more than one if interleaved.
+        num_virtual_stages: Stages of each rank under the schedule interleaved; zb-v
+            always has two, the others one.
         sequence_parallel: Divide what lies between the layers that tp cuts; None is yes
             if tp is above 1.
         zero: What dp (and cp) ranks divide: 0 nothing, 1 the optimizer state, 2
@@ -53,9 +54,9 @@ class Configuration:
         schedule: Order of the pipeline's actions, a key of `SCHEDULES`.
 
     Raises:
-        ValueError: If a size is below 1, axes do not multiply to the number of GPUs, a
-            size does not divide, a name is unknown, or a pipeline has more stages than
-            layers and ends.
+        ValueError: If a size is no whole number above 0, axes do not multiply to the
+            number of GPUs, a size does not divide, a name is unknown, a schedule has
+            no such virtual stages, or a pipeline has more stages than layers and ends.
     """
 
     model: ModelShape
@@ -75,13 +76,20 @@ class Configuration:
     schedule: str = "1f1b"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, ModelShape):
+            raise ValueError(
+                f"model={self.model!r} must be a ModelShape; make one from sizes, or "
+                "look it up with find_model"
+            )
         for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
+            if not is_size(getattr(self, name)):
                 raise ValueError(
-                    f"{name}={getattr(self, name)} is below 1; choose a positive size"
+                    f"{name}={getattr(self, name)!r} must be a whole number above 0; "
+                    "choose one"
                 )
         self._check_names()
         self._check_axes()
+        self._check_stages()
 
     def _check_names(self) -> None:
         for name, known in (
@@ -95,7 +103,9 @@ class Configuration:
                     f"{', '.join(known)}"
                 )
         if self.zero not in (0, 1, 2, 3):
-            raise ValueError(f"zero={self.zero} must be 0, 1, 2 or 3 (FSDP)")
+            raise ValueError(
+                f"zero={self.zero!r} is unknown; choose 0, 1, 2 or 3 (FSDP)"
+            )
 
     def _check_axes(self) -> None:
         axes = self.dp * self.tp * self.pp * self.cp
@@ -115,12 +125,22 @@ class Configuration:
                 raise ValueError(
                     f"{what}={size} is not divisible by {by}={n}; choose a divisor"
                 )
-        # Embedding, final norm and head may have stages of their own.
-        if self.pp * self.num_virtual_stages > model.num_layers + 5:
+
+    def _check_stages(self) -> None:
+        v, schedule = self.num_virtual_stages, self.schedule
+        fixed = 2 if schedule == "zb-v" else 1
+        if schedule != "interleaved" and v not in (1, fixed):
             raise ValueError(
-                f"pp={self.pp} x num_virtual_stages={self.num_virtual_stages} stages "
-                f"are more than the {model.num_layers} layers and both ends of the "
-                "model can fill; choose fewer"
+                f"schedule={schedule!r} has {fixed} stages on each rank, but "
+                f"num_virtual_stages={v}; choose {fixed}, or schedule='interleaved'"
+            )
+        v = max(v, fixed)
+        # Embedding, final norm and head may have stages of their own.
+        if self.pp > 1 and self.pp * v > self.model.num_layers + 5:
+            raise ValueError(
+                f"pp={self.pp} x num_virtual_stages={v} stages are more than the "
+                f"{self.model.num_layers} layers and both ends of the model can fill; "
+                "choose fewer"
             )
 
     @property

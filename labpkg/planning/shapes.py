@@ -1,6 +1,6 @@
 """The shape of a Transformer language model, as the planner needs it.
 
-A `ModelShape` holds the nine numbers that decide parameters, FLOPs, memory and
+A `ModelShape` holds the sizes that decide parameters, FLOPs, memory and
 traffic; everything else follows by arithmetic. It is computed in microseconds, from
 the standard library alone, so that a plan for a cluster can be made on any laptop.
 
@@ -15,6 +15,16 @@ feed-forward); Ainslie et al. 2023, arXiv:2305.13245 (grouped key/value heads).
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Integral
+
+
+def is_size(value: object) -> bool:
+    """Return whether a value is a whole number above 0.
+
+    Args:
+        value: Whatever was given as a size.
+    """
+    return isinstance(value, int | Integral) and int(value) >= 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +50,8 @@ class ModelShape:
         learned_positions: whether each position has an embedding.
 
     Raises:
-        ValueError: if a size is smaller than 1 or does not divide.
+        ValueError: if a size is no whole number above 0 or does not divide, or a
+            choice is neither true nor false.
     """
 
     num_layers: int
@@ -57,10 +68,14 @@ class ModelShape:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type != "bool" and value < 1:
+            if field.type == "bool":
+                if value not in (True, False):
+                    raise ValueError(
+                        f"{field.name}={value!r} must be True or False; choose one"
+                    )
+            elif not is_size(value):
                 raise ValueError(
-                    f"{field.name} must be at least 1, got {value}; choose a positive "
-                    "size"
+                    f"{field.name}={value!r} must be a whole number above 0; choose one"
                 )
         if self.width % self.num_heads:
             raise ValueError(

@@ -1,7 +1,9 @@
 import dataclasses
+import re
 import subprocess
 import sys
 
+import numpy
 import pytest
 
 from labpkg.planning.shapes import ModelShape
@@ -59,10 +61,35 @@ def test_llama_2_7b_is_found_up_to_its_rotary_positions():
     assert llama.num_parameters - 4096 * 4096 == 6_738_415_616
 
 
+def test_positions_that_are_learned_have_parameters():
+    rotary = dataclasses.replace(SMALL, learned_positions=False)
+    assert SMALL.num_parameters - rotary.num_parameters == 9 * 12
+    assert rotary.flops_per_token == SMALL.flops_per_token
+
+
+def test_flops_by_hand():
+    block = 4 * 12 * 12 + 2 * 12 * 20
+    forward = 2 * (2 * block + 50 * 12) + 2 * 4 * 9 * 12
+    assert SMALL.flops_per_token == 3 * forward
+
+
 @pytest.mark.parametrize("field", ["num_layers", "ffn_width", "vocab_size"])
-def test_sizes_below_one_raise(field):
-    with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
-        dataclasses.replace(SMALL, **{field: 0})
+@pytest.mark.parametrize("value", [0, -1, 1.5, 12.0, float("nan"), "12", None])
+def test_sizes_are_whole_numbers_above_zero(field, value):
+    with pytest.raises(
+        ValueError, match=rf"{field}={re.escape(repr(value))} must be a whole number"
+    ):
+        dataclasses.replace(SMALL, **{field: value})
+
+
+@pytest.mark.parametrize("field", ["tied", "gated_mlp", "learned_positions"])
+def test_choices_are_true_or_false(field):
+    with pytest.raises(ValueError, match=f"{field}='no' must be True or False"):
+        dataclasses.replace(SMALL, **{field: "no"})
+
+
+def test_whole_numbers_of_other_libraries_are_sizes():
+    assert dataclasses.replace(SMALL, num_layers=numpy.int64(2)) == SMALL
 
 
 def test_sizes_that_do_not_divide_raise():
