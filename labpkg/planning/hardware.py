@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -71,7 +71,7 @@ class Hardware:
                     f"{name}={value!r} of {self.name!r} must be a positive, finite "
                     "number; give bytes, FLOP/s, bytes/s and seconds"
                 )
-        if int(self.gpus_per_node) != self.gpus_per_node:
+        if not isinstance(self.gpus_per_node, int):
             raise ValueError(
                 f"gpus_per_node={self.gpus_per_node} of {self.name!r} must be a whole "
                 "number; count the GPUs of a node"
@@ -95,7 +95,8 @@ class Hardware:
                 f"peak_flops of {self.name!r} has no {', '.join(missing)}; give the "
                 f"dense peak for each of {', '.join(PRECISIONS)}"
             )
-        if not self.network_bytes_per_s or min(self.network_bytes_per_s) < 1:
+        counts = self.network_bytes_per_s
+        if not counts or not all(isinstance(n, int) and n >= 1 for n in counts):
             raise ValueError(
                 f"network_bytes_per_s={self.network_bytes_per_s} of {self.name!r} "
                 "needs bytes/s by number of nodes, such as {2: 400e9}"
@@ -243,13 +244,14 @@ _B200 = replace(
     memory_bytes_per_s=7.67e12,
     peak_flops=_flops(2250e12, 80e12),
     matmul_fraction=0.776,
-    node_bytes_per_s=735e9,
+    node_bytes_per_s=680e9,
     sources=_sources(
         "b200",
         memory_bytes_per_s="7,680 bits at 3,996 MHz, as the driver says (the datasheet "
         "rounds to 8 TB/s), https://github.com/pytorch/ao/pull/4002",
         matmul_fraction=_MATMUL,
-        node_bytes_per_s="estimate: twice the H200, as NVLink 5 is twice NVLink 4",
+        node_bytes_per_s="mean of an all-gather and a reduce-scatter of 16 GiB on 8 x "
+        f"B200 (668.28, 692.63), {_BEKMAN}, network/benchmarks",
         network_bytes_per_s=_CARDS + _DGX,
     ),
 )
@@ -275,15 +277,16 @@ _H100_PCIE = replace(
     name="h100-pcie",
     memory_bytes_per_s=2.0e12,
     peak_flops=_flops(756e12, 51e12),
-    matmul_fraction=0.75,
+    matmul_fraction=0.656,
     node_bytes_per_s=40e9,
     network_bytes_per_s={2: 35e9},
     node_latency_s=5.7e-6,
     network_latency_s=14e-6,
     sources=_sources(
         "h100",
-        matmul_fraction="estimate: the H100 SXM, times PCIe over SXM of the A100 "
-        f"(81.1 / 86.9), {_BEKMAN}, accelerator",
+        matmul_fraction="best of five square products, 495.93 TFLOP/s at 350 W (of an "
+        "H100 SXM the same program says 0.806), "
+        "https://github.com/zzc0721/torch-performance-test-data/issues/95",
         node_bytes_per_s="8 cards without bridges, 35 to 45 GB/s, "
         "https://docs.alayanew.com/en/docs/tech-blog/2026-05-06-nccl-tests",
         network_bytes_per_s="all-reduce on 2 nodes of 8 H200 NVL with 4 x 400 Gb/s, "
@@ -296,6 +299,10 @@ _H100_NVL = replace(
     memory_bytes=93.0 * _GIB,
     memory_bytes_per_s=3.9e12,
     peak_flops=_flops(835.5e12, 60e12),
+    sources={
+        **_H100_PCIE.sources,
+        "matmul_fraction": "estimate: that of the H100 PCIe",
+    },
 )
 _EPYC = (
     "measured by labpkg bench hardware, two cores of an AMD EPYC, 2 ranks on the CPU"
@@ -321,16 +328,10 @@ _LAPTOP = Hardware(
     },
 )
 
+_GPUS = (_A100, _A100_40, _H100, _H100_PCIE, _H100_NVL, _H200, _B200, _MI300X)
 HARDWARE: Mapping[str, Hardware] = MappingProxyType(
-    {
-        entry.name: entry
-        for entry in (
-            *(_A100, _A100_40),
-            *(_H100, _H100_PCIE, _H100_NVL, _H200, _B200, _MI300X, _LAPTOP),
-        )
-    }
+    {entry.name: entry for entry in (*_GPUS, _LAPTOP)}
 )
-"""What `find_hardware` knows, by name."""
 
 _ALIASES = {"a100": "a100-80gb", "h100-sxm": "h100", "h100-80gb": "h100"}
 
@@ -371,7 +372,10 @@ def hardware_json(hardware: Hardware) -> str:
     Returns:
         JSON with a field for each of its fields.
     """
-    return json.dumps(asdict(hardware), indent=2) + "\n"
+    described = {
+        entry.name: getattr(hardware, entry.name) for entry in fields(hardware)
+    }
+    return json.dumps(described, indent=2, default=dict) + "\n"
 
 
 def _read(path: Path) -> Hardware:
