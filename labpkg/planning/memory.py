@@ -75,8 +75,9 @@ def peak_memory(
 ) -> PeakMemory:
     """Return the memory of the fullest GPU of a job.
 
-    In a pipeline this is the first rank, which has the embedding and keeps most
-    micro-batches, or the one with the head, which has the logits.
+    In a pipeline with one stage on each rank this is the first, which has the embedding
+    and keeps most micro-batches, or the one with the head, which has the logits. With
+    several, uneven stages can add up on another.
 
     Args:
         configuration: The job.
@@ -85,8 +86,8 @@ def peak_memory(
     Returns:
         The terms of that GPU.
     """
-    ranks = {0, _head_rank(configuration)}
-    parts = {rank: _parts(configuration, rank, constants) for rank in sorted(ranks)}
+    ranks = _candidates(configuration)
+    parts = {rank: _parts(configuration, rank, constants) for rank in ranks}
     worst = max(parts, key=lambda rank: sum(parts[rank]))
     return PeakMemory(worst, _terms(configuration, worst, parts[worst]))
 
@@ -332,12 +333,24 @@ def _shares(c: Configuration, rank: int) -> list[StageShare]:
     return [shares[stage] for stage in stages_of_rank(c, rank)]
 
 
-def _head_rank(c: Configuration) -> int:
-    return next(
-        rank
-        for rank in reversed(range(c.pp))
-        if any(share.head for share in _shares(c, rank))
-    )
+def _candidates(c: Configuration) -> list[int]:
+    """The ranks of which one is the fullest."""
+    ranks = range(c.pp)
+    shares = [_shares(c, rank) for rank in ranks]
+    found = {0} | {r for r in ranks if any(share.head for share in shares[r])}
+    if stages_per_rank(c) > 1:
+        sizes = [
+            (
+                sum(
+                    n * s.num_layers for n, s in zip(in_flight(c, r), own, strict=True)
+                ),
+                sum(s.num_layers for s in own),
+            )
+            for r, own in enumerate(shares)
+        ]
+        found.add(max(ranks, key=lambda r: sizes[r]))
+        found.add(max(ranks, key=lambda r: sizes[r][::-1]))
+    return sorted(found)
 
 
 def _terms(c: Configuration, rank: int, parts: _Parts) -> tuple[Term, ...]:
