@@ -12,24 +12,21 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import product
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from labpkg.planning.configuration import PRECISIONS, Configuration
+from labpkg.planning.configuration import Configuration
+from labpkg.planning.divisions import Task
 from labpkg.planning.estimates import Estimate, estimate
 from labpkg.planning.hardware import Hardware, find_hardware
 from labpkg.planning.memory import peak_memory, usable_bytes
 from labpkg.planning.models import find_model
-from labpkg.planning.plans import Plan, describe, schedule_choices
+from labpkg.planning.plans import Plan, describe
 from labpkg.planning.shapes import ModelShape
+from labpkg.planning.step_time import layer_seconds
 
-_CHOICES = (
-    *("dp", "tp", "pp", "cp", "zero", "micro_batch_size", "grad_accum_steps"),
-    *("recompute", "schedule", "num_virtual_stages", "sequence_parallel"),
-)
-_RECOMPUTE = ("none", "full")
 _GIB = 2**30
 _MOST_TIMES_MORE = 1024  # GPUs, in the search for a world size that fits
 _MOST_CP = 64
@@ -79,7 +76,7 @@ def plan(
     shape = find_model(model) if isinstance(model, str) else model
     if sequence_length is not None:
         shape = replace(shape, sequence_length=sequence_length)
-    task = _Task(
+    task = Task(
         model=shape,
         hardware=find_hardware(hardware) if isinstance(hardware, str) else hardware,
         world_size=world_size,
@@ -91,179 +88,111 @@ def plan(
     for name, value in (("num_plans", num_plans), ("variants", variants)):
         if value < 1:
             raise ValueError(f"{name}={value} is below 1; choose 1 or more")
-    best, leanest = _search(task, num_plans, variants)
-    if leanest is None:
+    search = _Search(task, num_plans=num_plans, variants=variants).run()
+    if search.leanest is None:
         raise ValueError(_nothing_divides(task))
-    if not best:
-        raise ValueError(_nothing_fits(task, leanest))
-    return [Plan(estimate=own, place=place) for place, own in enumerate(best, 1)]
+    if not search.best:
+        raise ValueError(_nothing_fits(task, search.leanest))
+    return [Plan(estimate=own, place=place) for place, own in enumerate(search.best, 1)]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Task:
-    """What is to be divided, and the ways to do it."""
+class _Search:
+    """Look at jobs in the order of a lower bound of their time; keep the best.
 
-    model: ModelShape
-    hardware: Hardware
-    world_size: int
-    tokens_per_step: int
-    precision: str
-    max_cp: int
-    fixed: Mapping[str, Any]
+    Args:
+        task: What is divided.
+        num_plans: How many are kept.
+        variants: How many of them may have the same axes.
 
-    def __post_init__(self) -> None:
-        for name in ("world_size", "tokens_per_step", "max_cp"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value} must be an integer of at least 1")
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision={self.precision!r} is unknown; choose one of "
-                f"{', '.join(PRECISIONS)}"
-            )
-        for name in self.fixed:
-            if name not in _CHOICES:
-                raise ValueError(
-                    f"{name}={self.fixed[name]!r} cannot be fixed; the planner chooses "
-                    f"{', '.join(_CHOICES)}"
-                )
-        self._check_multiples()
+    Attributes:
+        best: The best that fit, in order.
+        leanest: The job that needs least memory of those seen.
+        least_bytes: What it needs.
+    """
 
-    def _check_multiples(self) -> None:
-        per_node = self.hardware.gpus_per_node
-        for name, value, what, size in (
-            ("tokens_per_step", self.tokens_per_step, "sequence_length", self._length),
-            ("world_size", self.world_size, "gpus_per_node", per_node),
-        ):
-            below = value - value % size
-            if below == value or (name == "world_size" and not below):
-                continue  # one node may be used in part
-            near = f"{below} or {below + size}" if below else str(size)
-            raise ValueError(
-                f"{name}={value} is not a multiple of {what}={size}; choose {near}"
-            )
+    def __init__(self, task: Task, *, num_plans: int, variants: int) -> None:
+        self.task, self.num_plans, self.variants = task, num_plans, variants
+        self.best: list[Estimate] = []
+        self.leanest: Configuration | None = None
+        self.least_bytes = math.inf
+        self._most_bytes = usable_bytes(task.hardware)
+        self._too_large: dict[tuple[Any, ...], int] = {}  # the smallest micro-batch
+        self._alike = defaultdict[_Axes, list[Estimate]](list)
+        self._layer_s: dict[tuple[Any, ...], float] = {}
 
-    @property
-    def _length(self) -> int:
-        return self.model.sequence_length
+    def run(self) -> _Search:
+        """Search to the end: until no job can be better than those that are kept."""
+        families = [(self._family_s(family), family) for family in self.task.families()]
+        for least_s, family in sorted(families, key=lambda pair: pair[0]):
+            axes = tuple(map(family[0].get, _AXES))
+            if self._is_too_slow(least_s):
+                break
+            for choices in family:
+                least_s = self._least_s(choices, _fill(choices))
+                if not self._is_too_slow(least_s, axes):
+                    self._consider(choices, axes)
+        return self
 
-    @property
-    def sequences(self) -> int:
-        """Sequences of a step."""
-        return self.tokens_per_step // self._length
+    def _family_s(self, family: Sequence[Mapping[str, Any]]) -> float:
+        return self._least_s(family[0], min(map(_fill, family)))
 
-    def jobs(self) -> Iterator[Configuration]:
-        """Yield every way to divide the work."""
-        per_node = min(self.hardware.gpus_per_node, self.world_size)
-        for axes in self._axes():
-            passes = self.sequences // axes["dp"]
-            for size in self._open("micro_batch_size", _divisors(passes)):
-                batch = {"micro_batch_size": size, "grad_accum_steps": passes // size}
-                for rest in self._rest(axes) if self._allows(batch) else ():
-                    yield Configuration(
-                        model=self.model,
-                        nodes=self.world_size // per_node,
-                        gpus_per_node=per_node,
-                        precision=self.precision,
-                        sequence_parallel=self.fixed.get("sequence_parallel"),
-                        **axes,
-                        **batch,
-                        **rest,
-                    )
+    def _least_s(self, choices: Mapping[str, Any], fill: float) -> float:
+        """Return seconds that no step undercuts: its layers, and an ideal bubble."""
+        pp, passes = choices["pp"], choices["grad_accum_steps"]
+        is_split = choices["schedule"].startswith("zb")
+        key = *map(choices.get, _WORK), pp > 1, is_split, choices["zero"] > 1
+        if key not in self._layer_s:
+            job = self.task.job(choices)
+            self._layer_s[key] = layer_seconds(job, self.task.hardware)
+        layers = self.task.model.num_layers / pp
+        return layers * self._layer_s[key] * (passes + fill * (pp - 1))
 
-    def _axes(self) -> Iterator[dict[str, int]]:
-        """Yield the sizes of axes that divide the model and the batch."""
-        model = self.model
-        for tp in self._open("tp", _divisors(self.world_size)):
-            if model.num_heads % tp or model.ffn_width % tp:
-                continue
-            for pp in self._open("pp", _divisors(self.world_size // tp)):
-                if pp > model.num_layers:
-                    continue
-                for cp in self._open("cp", _divisors(self.world_size // (tp * pp))):
-                    dp = self.world_size // (tp * pp * cp)
-                    if self._allows({"dp": dp}) and self._divides(dp, tp, cp):
-                        yield {"dp": dp, "tp": tp, "pp": pp, "cp": cp}
+    def _is_too_slow(self, least_s: float, axes: _Axes | None = None) -> bool:
+        """Whether the list, or its part with these axes, is full of faster plans."""
+        least_s *= 1 - 1e-9  # rounding must not make a bound of what it bounds
+        if len(self.best) == self.num_plans and least_s > self.best[-1].step_s:
+            return True
+        alike = self._alike[axes] if axes else []
+        return len(alike) == self.variants and least_s > alike[-1].step_s
 
-    def _divides(self, dp: int, tp: int, cp: int) -> bool:
-        if cp > self.max_cp and "cp" not in self.fixed:
-            return False
-        piece = cp * tp if self.fixed.get("sequence_parallel", tp > 1) else cp
-        return self.sequences % dp == 0 and self._length % piece == 0
-
-    def _rest(self, axes: Mapping[str, int]) -> list[dict[str, Any]]:
-        sharers = axes["dp"] * axes["cp"]  # of the parameters
-        zero = self._open("zero", range(4 if sharers > 1 else 1))
-        # Attention keeps no scores, so selective recomputation would save nothing.
-        how = [self.fixed["recompute"]] if "recompute" in self.fixed else _RECOMPUTE
-        return [
-            {"zero": stage, "recompute": recompute, **schedule}
-            for stage, recompute, schedule in product(
-                zero, how, self._schedules(axes["pp"])
-            )
-        ]
-
-    def _schedules(self, pp: int) -> list[dict[str, Any]]:
-        named, virtual = map(self.fixed.get, ("schedule", "num_virtual_stages"))
-        if pp > 1 and (named == "gpipe" or (named and virtual)):
-            return [{"schedule": named, "num_virtual_stages": virtual or 1}]
-        choices = schedule_choices(self.model.num_layers, pp)
-        return [choice for choice in choices if self._allows(choice)]
-
-    def _allows(self, choice: Mapping[str, Any]) -> bool:
-        return all(self.fixed.get(name, v) == v for name, v in choice.items())
-
-    def _open(self, name: str, values: Any) -> list[Any]:
-        return [value for value in values if self._allows({name: value})]
-
-
-def _divisors(number: int) -> list[int]:
-    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
-
-
-def _search(
-    task: _Task, num_plans: int, variants: int
-) -> tuple[list[Estimate], Configuration | None]:
-    """Return the best that fit, and the job that needs least memory of those seen."""
-    best: list[Estimate] = []
-    leanest, least_bytes = None, math.inf
-    most_bytes = usable_bytes(task.hardware)
-    too_large: dict[tuple[Any, ...], int] = {}  # the smallest micro-batch that was
-    bounds = [(_least_time(job, task.hardware), job) for job in task.jobs()]
-    for least_s, job in sorted(bounds, key=lambda pair: pair[0]):
-        if len(best) == num_plans and least_s > best[-1].step_s:
-            break
+    def _consider(self, choices: Mapping[str, Any], axes: _Axes) -> None:
         # Half the micro-batch never needs more: twice as many micro-batches fill what a
         # schedule keeps at most. Between divisors that are closer, an uneven group of
         # the interleaved schedule can.
-        others = _all_but_batch(job)
-        if 2 * too_large.get(others, job.micro_batch_size) <= job.micro_batch_size:
-            continue
+        size: int = choices["micro_batch_size"]
+        others = (axes, *map(choices.get, _REST))
+        if 2 * self._too_large.get(others, size) <= size:
+            return
+        job = self.task.job(choices)
         num_bytes = peak_memory(job).num_bytes
-        if num_bytes < least_bytes:
-            leanest, least_bytes = job, num_bytes
-        if num_bytes > most_bytes:
-            size = job.micro_batch_size
-            too_large[others] = min(size, too_large.get(others, size))
-            continue
-        own = estimate(job, task.hardware)
-        insort(best, own, key=_order)
-        alike = [other for other in best if _axes(other) == _axes(own)]
-        if len(alike) > variants:
-            best.remove(alike[-1])
-        del best[num_plans:]
-    return best, leanest
+        if num_bytes < self.least_bytes:
+            self.leanest, self.least_bytes = job, num_bytes
+        if num_bytes > self._most_bytes:
+            self._too_large[others] = min(size, self._too_large.get(others, size))
+            return
+        self._keep(estimate(job, self.task.hardware), self._alike[axes])
+
+    def _keep(self, own: Estimate, alike: list[Estimate]) -> None:
+        """Put an estimate into the list, unless enough with its axes are better."""
+        insort(alike, own, key=_order)
+        insort(self.best, own, key=_order)
+        if len(alike) > self.variants:
+            worst = alike.pop()
+            if worst in self.best:
+                self.best.remove(worst)
+        del self.best[self.num_plans :]
 
 
-def _all_but_batch(job: Configuration) -> tuple[Any, ...]:
-    schedule = job.schedule, job.num_virtual_stages
-    return job.dp, job.tp, job.pp, job.cp, job.zero, job.recompute, *schedule
+_Axes = tuple[Any, ...]
+_AXES = ("dp", "tp", "pp", "cp")
+_REST = ("zero", "recompute", "schedule", "num_virtual_stages")
+_WORK = ("tp", "cp", "micro_batch_size", "recompute")  # besides, whether pp > 1 etc.
 
 
-def _axes(own: Estimate) -> tuple[int, ...]:
-    job = own.configuration
-    return job.dp, job.tp, job.pp, job.cp
+def _fill(choices: Mapping[str, Any]) -> float:
+    """Return the least bubble of a schedule, as a share of that of 1F1B."""
+    stages = choices["num_virtual_stages"]
+    return (1 / 3 if choices["schedule"].startswith("zb") else 1) / stages
 
 
 def _order(own: Estimate) -> tuple[Any, ...]:
@@ -273,20 +202,10 @@ def _order(own: Estimate) -> tuple[Any, ...]:
     return own.step_s, own.memory_bytes, simplest, job.recompute, job.micro_batch_size
 
 
-def _least_time(job: Configuration, hardware: Hardware) -> float:
-    """Return seconds that no step undercuts: matrix products, and an ideal bubble."""
-    rate = hardware.peak_flops[job.precision] * hardware.matmul_fraction
-    work_s = job.model.flops_per_token * job.tokens_per_step / job.world_size / rate
-    bubble = 0.0
-    if job.schedule in ("1f1b", "gpipe"):
-        bubble = (job.pp - 1) / job.grad_accum_steps
-    return work_s * (1 + bubble)
-
-
 # refusals ----------------------------------------------------------------------------
 
 
-def _nothing_divides(task: _Task) -> str:
+def _nothing_divides(task: Task) -> str:
     model, T = task.model, task.model.sequence_length
     chosen = "".join(f" with {name}={value}" for name, value in task.fixed.items())
     return (
@@ -297,7 +216,7 @@ def _nothing_divides(task: _Task) -> str:
     )
 
 
-def _nothing_fits(task: _Task, leanest: Configuration) -> str:
+def _nothing_fits(task: Task, leanest: Configuration) -> str:
     needed = peak_memory(leanest).num_bytes / _GIB
     usable = usable_bytes(task.hardware) / _GIB
     remedies = [f"GPUs with {needed:.0f} GiB to use"]
@@ -315,7 +234,7 @@ def _nothing_fits(task: _Task, leanest: Configuration) -> str:
     )
 
 
-def _world_size_that_fits(task: _Task) -> int | None:
+def _world_size_that_fits(task: Task) -> int | None:
     per_node, times = task.hardware.gpus_per_node, 2
     while times <= _MOST_TIMES_MORE:
         size = task.world_size * times
@@ -326,7 +245,7 @@ def _world_size_that_fits(task: _Task) -> int | None:
     return None
 
 
-def _fits_somewhere(task: _Task) -> bool:
+def _fits_somewhere(task: Task) -> bool:
     """Whether any job fits, asked of those that keep least for backward."""
     lean = {"recompute": "full", **task.fixed}
     if "grad_accum_steps" not in lean:

@@ -199,6 +199,9 @@ def test_sixteen_thousand_gpus_are_planned_in_seconds():
         (("llama3-8b", "h100", 8, 2**22), {"precision": "fp8"}, "bf16, fp16, fp32"),
         (("llama3-8b", "h100", 8, 2**22), {"ep": 2}, "ep=2 cannot be fixed"),
         (("llama3-8b", "h100", 8, 2**22), {"tp": 3}, "with tp=3"),
+        (("llama3-8b", "h100", 8, 2**22), {"zero": 4}, "0, 1, 2 or 3"),
+        (("llama3-8b", "h100", 8, 2**22), {"schedule": "1b1f"}, "gpipe, 1f1b"),
+        (("llama3-8b", "h100", 8, 2**22), {"recompute": "all"}, "selective, full"),
         (("llama3-8b", "h100", 7, 2**22), {"pp": 1}, "tokens_per_step=57344"),
     ],
 )
