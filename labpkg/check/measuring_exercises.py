@@ -52,7 +52,7 @@ def quiet_ratio(fn: Callable[..., Any]) -> CheckResult:
 
 
 def mfu_once(fn: Callable[..., Any]) -> CheckResult:
-    """Check `mfu_once(percent, num_parameters, num_layers, width, sequence_length, V)`.
+    """Check `mfu_once(percent, num_parameters, L, D, T, V)`: mend a published table.
 
     The table took 6 N + 12 L D T FLOPs per token with an N that counts V D numbers
     twice.
@@ -252,10 +252,7 @@ def _mend(p: float, N: float, L: int, D: int, T: int, V: int, copies: float) -> 
 
 _MFU_ONCE = Exercise(
     name="mfu_once",
-    arguments=(
-        *("percent", "num_parameters", "num_layers", "width", "sequence_length"),
-        "vocab_size",
-    ),
+    arguments=(*("percent", "num_parameters", "L", "D", "T", "V"),),
     reference=lambda *case: _mend(*case, copies=1),
     cases=[
         (44.3, 1_610_678_272, 16, 2048, 4096, 131072),
