@@ -33,7 +33,8 @@ from labpkg.processes.world import World
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ENOUGH_S = 0.05  # a product that takes longer is not made larger
 _UNITS = {"GFLOP/s": 1e9, "GB/s": 1e9, "GB": 1e9, "us": 1e-6, "": 1.0}
-# What torch calls a GPU, and its entry.
+# What torch calls a GPU, without the vendor, and its entry. A slice of a GPU (MIG) or a
+# relative, such as the H200 NVL, has a longer name and another peak.
 _KNOWN = {
     "A100-SXM4-40GB": "a100-40gb",
     "A100-SXM4-80GB": "a100-80gb",
@@ -187,7 +188,7 @@ def _capacity(num_ranks: int, on_gpu: bool) -> float:
 # The entry ---------------------------------------------------------------------------
 
 
-_ALONE = "one GPU sends nothing: a copy in its memory"
+_ALONE = "assumed, and never used: one GPU sends nothing inside its node"
 _ASSUMED = "assumed: 10 Gb/s Ethernet; replace it by your network"
 
 
@@ -221,8 +222,9 @@ def _entry(rows: list[dict[str, Any]]) -> Hardware:
 def _peak(
     processor: str, best: dict[str, float]
 ) -> tuple[dict[str, float], float, str]:
-    """Return the peaks, the part of it that products reach, and where both are from."""
-    known = next((entry for part, entry in _KNOWN.items() if part in processor), None)
+    """Return the peaks, the part that products reach, and where both are from."""
+    model = processor.removeprefix("NVIDIA ").removeprefix("AMD Instinct ")
+    known = _KNOWN.get(model)
     if known is None:
         return (
             best,

@@ -81,6 +81,8 @@ def test_unknown_processor_has_its_best_product_as_peak():
         ("NVIDIA H100 NVL", "h100-nvl"),
         ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
         ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("A100-SXM4-80GB", "a100-80gb"),  # of old drivers
         ("AMD Instinct MI300X", "mi300x"),
     ],
 )
@@ -93,8 +95,41 @@ def test_known_gpu_keeps_its_nominal_peak(torch_name, name):
     assert above.matmul_fraction == 1
 
 
+@pytest.mark.parametrize(
+    "relative",
+    ["NVIDIA H200 NVL", "NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"],
+)
+def test_relatives_and_slices_of_a_known_gpu_are_unknown(relative):
+    assert hardware._entry(rows(relative)).peak_flops["bf16"] == 400e9
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "device", "asked"),
+    [
+        (0, None, (2, None)),
+        (0, "cuda", (2, "cuda")),  # World says that there is none
+        (1, None, (1, "cuda")),
+        (8, "cuda", (8, "cuda")),
+        (8, "cpu", (2, "cpu")),
+    ],
+)
+def test_all_gpus_are_measured_or_two_ranks(monkeypatch, num_gpus, device, asked):
+    class Planted:
+        def __init__(self, world_size, *, device, timeout_s):
+            assert (world_size, device) == asked
+
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *error: None
+        run = lambda self, fn, quick: [rows(), None][: asked[0]]
+
+    monkeypatch.setattr(hardware, "World", Planted)
+    monkeypatch.setattr(hardware.torch.cuda, "device_count", lambda: num_gpus)
+    assert hardware.measure_hardware(quick=True, device=device).memory_bytes == 8e9
+
+
 def test_one_gpu_alone_sends_nothing():
     entry = hardware._entry(rows()[:-2])
     assert entry.node_bytes_per_s == entry.memory_bytes_per_s / 2
-    assert "one GPU sends nothing" in entry.sources["node_bytes_per_s"]
+    for name in ("node_bytes_per_s", "node_latency_s"):
+        assert "one GPU sends nothing" in entry.sources[name]
     assert json.loads(hardware_json(entry))["gpus_per_node"] == 2

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pickle
+from types import MappingProxyType
 
 import pytest
 
@@ -117,6 +118,13 @@ def test_file_gives_the_entry_back(entry, tmp_path):
     assert find_hardware(str(path)) == entry
 
 
+def test_file_gives_an_entry_with_read_only_tables_back(tmp_path):
+    h100, path = HARDWARE["h100"], tmp_path / "mine.json"
+    frozen = dataclasses.replace(h100, peak_flops=MappingProxyType(h100.peak_flops))
+    path.write_text(hardware_json(frozen))
+    assert find_hardware(str(path)) == h100
+
+
 def test_entry_is_a_key_and_travels():
     entry = HARDWARE["h100"]
     copy = pickle.loads(pickle.dumps(entry))
@@ -143,6 +151,7 @@ def test_the_list_cannot_be_changed():
         ({"memory_bytes_per_s": float("inf")}, "memory_bytes_per_s=inf"),
         ({"network_latency_s": "38 us"}, "network_latency_s='38 us'"),
         ({"gpus_per_node": 7.5}, r"gpus_per_node=7\.5 .* whole number"),
+        ({"gpus_per_node": 8.0}, r"gpus_per_node=8\.0 .* whole number"),
         ({"matmul_fraction": 80}, r"matmul_fraction=80 .* give 0\.8"),
         ({"peak_flops": {"bf16": 1e12}}, "has no fp16, fp32"),
         (
@@ -152,6 +161,8 @@ def test_the_list_cannot_be_changed():
         ({"peak_flops": 1e15}, r"peak_flops=.* of 'h100' must map"),
         ({"network_bytes_per_s": {}}, "needs bytes/s by number of nodes"),
         ({"network_bytes_per_s": {0: 1e9}}, "needs bytes/s by number of nodes"),
+        ({"network_bytes_per_s": {"2": 1e9}}, "needs bytes/s by number of nodes"),
+        ({"sources": "a datasheet"}, "sources='a datasheet' .* must map"),
         ({"network_bytes_per_s": {2: -1e9}}, r"network_bytes_per_s\[2\]=-1"),
     ],
 )

@@ -66,6 +66,32 @@ def test_parameters_are_those_of_the_name(name):
     assert MODEL_SHAPES[name].num_parameters == pytest.approx(NAMED[name], rel=1e-2)
 
 
+@pytest.mark.parametrize("name", MODEL_SHAPES)
+def test_heads_are_as_wide_as_published(name):
+    # Parameters do not tell, unless keys and values have fewer heads.
+    narrow = {"gpt2": 64, "gpt2-medium": 64, "gpt2-large": 64, "gpt2-xl": 64}
+    narrow |= {"mpt-125m": 64, "mpt-350m": 64, "megatron-22b": 96}
+    wide = {"megatron-530b": 160, "megatron-1t": 160}
+    assert MODEL_SHAPES[name].head_width == {**narrow, **wide}.get(name, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        ("gpt2-xl", 1024),
+        ("gpt3-175b", 2048),
+        ("llama-65b", 2048),
+        ("llama2-70b", 4096),
+        ("llama3-405b", 8192),
+        ("mistral-7b", 8192),
+        ("mpt-30b", 2048),
+        ("megatron-1t", 2048),
+    ],
+)
+def test_sequences_are_as_long_as_in_training(name, length):
+    assert MODEL_SHAPES[name].sequence_length == length
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [
