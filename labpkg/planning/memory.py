@@ -36,6 +36,7 @@ from labpkg.planning.stages import (
 from labpkg.planning.terms import Term
 
 _FULL = 4  # bytes of float32
+_WHOLE_UNITS = {2: 1, 3: 3}  # gradients of one; weights of this and the next one, too
 
 
 class StateBytes(NamedTuple):
@@ -100,6 +101,9 @@ def usable_bytes(hardware: Hardware, constants: Constants = FITTED) -> float:
     Args:
         hardware: The GPU.
         constants: The fitted numbers.
+
+    Returns:
+        Bytes; a job fits if its peak is not above them.
     """
     return hardware.memory_bytes * (1 - constants.reserved_memory)
 
@@ -261,7 +265,7 @@ def _parts(c: Configuration, rank: int, constants: Constants) -> _Parts:
     layer += _kept_gathered(c) * constants.gathered_inputs
     recomputes = c.recompute == "full"
     return _Parts(
-        *state_bytes(elements, precision=c.precision, zero=c.zero, n=c.dp * c.cp),
+        *state_bytes(elements, precision=c.precision, zero=_zero(c), n=c.dp * c.cp),
         buckets=_buckets(c, elements),
         activations=kept * (layer_activation_bytes(c) if recomputes else layer)
         + heads * _kept_by_head(c),
@@ -273,7 +277,7 @@ def _parts(c: Configuration, rank: int, constants: Constants) -> _Parts:
 
 def _buckets(c: Configuration, elements: int) -> float:
     """Half gradients of a micro-batch, apart from their float32 sums, while dp > 1."""
-    has_buckets = c.dp * c.cp > 1 and c.zero < 2 and c.precision != "fp32"
+    has_buckets = c.dp * c.cp > 1 and _zero(c) < 2 and c.precision != "fp32"
     return 2.0 * elements if has_buckets else 0.0
 
 
@@ -286,13 +290,13 @@ def _logits(c: Configuration, micro_batches: int, constants: Constants) -> float
 
 
 def _gathered(c: Configuration, shares: Sequence[StageShare]) -> float:
-    """Whole units at stage 3: this and the next one's weights, one's gradients."""
-    if c.zero < 2:
+    """What is whole for a moment: gradients of a unit, at stage 3 weights of two."""
+    if _zero(c) < 2:
         return 0.0
     unit = layer_elements(c.model, tp=c.tp)
     if any(share.embedding or share.head for share in shares):
         unit = max(unit, c.model.vocab_size * c.model.width // c.tp)
-    return unit * _itemsize(c) * (3 if c.zero == 3 else 1)
+    return unit * _itemsize(c) * _WHOLE_UNITS[_zero(c)]
 
 
 def _kept_by_layer(c: Configuration) -> float:
@@ -318,6 +322,11 @@ def _kept_gathered(c: Configuration) -> float:
 def _kept_by_head(c: Configuration) -> float:
     numbers = (2 * c.model.width + 2) / (c.tp if c.cuts_sequence else 1)
     return _tokens(c) * _itemsize(c) * numbers
+
+
+def _zero(c: Configuration) -> int:
+    """The stage of ZeRO; one rank alone has nothing to divide."""
+    return c.zero if c.dp * c.cp > 1 else 0
 
 
 def _tokens(c: Configuration) -> float:
@@ -359,17 +368,17 @@ def _terms(c: Configuration, rank: int, parts: _Parts) -> tuple[Term, ...]:
     layers = "+".join(str(share.num_layers) for share in shares)
     times = "+".join(map(str, counts))
     tokens = f"{_tokens(c):.0f} tokens"
-    per = state_bytes(1, precision=c.precision, zero=c.zero, n=1)
-    n = f" / {c.dp * c.cp} ranks"
+    zero, n = _zero(c), f" / {c.dp * c.cp} ranks"
+    per = state_bytes(1, precision=c.precision, zero=zero, n=1)
     formulas = (
-        f"{per.weights:.0f} x {elements} elements" + n * (c.zero >= 3),
-        f"{per.gradients:.0f} x {elements} elements" + n * (c.zero >= 2),
-        f"{per.optimizer:.0f} x {elements} elements" + n * (c.zero >= 1),
+        f"{per.weights:.0f} x {elements} elements" + n * (zero >= 3),
+        f"{per.gradients:.0f} x {elements} elements" + n * (zero >= 2),
+        f"{per.optimizer:.0f} x {elements} elements" + n * (zero >= 1),
         f"2 x {elements} elements",
         f"{layers} layers x {times} micro-batches of {tokens}, recompute={c.recompute}",
         f"one layer, whole, of {tokens}",
         f"float32 V/tp = {c.model.vocab_size / c.tp:.0f}, {tokens}",
-        "weights of two units and gradients of one, whole",
+        f"whole for a moment: {_WHOLE_UNITS.get(zero, 0)} of the largest unit",
     )
     return tuple(
         Term(name, value, formula, source)

@@ -43,6 +43,9 @@ def stages_per_rank(configuration: Configuration) -> int:
     Args:
         configuration: Its schedule decides: interleaved takes `num_virtual_stages`,
             zb-v has two, the others one.
+
+    Returns:
+        At least 1.
     """
     if configuration.pp == 1:
         return 1
@@ -57,6 +60,9 @@ def stages_of_rank(configuration: Configuration, rank: int) -> tuple[int, ...]:
     Args:
         configuration: Says how stages are dealt: in turn, or down and up again (zb-v).
         rank: Rank on the axis pp.
+
+    Returns:
+        Numbers of stages, from 0 to v P - 1.
     """
     P, v = configuration.pp, stages_per_rank(configuration)
     if v == 2 and configuration.schedule == "zb-v":
@@ -106,6 +112,9 @@ def head_weight(model: ModelShape) -> float:
 
     Args:
         model: Sizes.
+
+    Returns:
+        A ratio; 4 if the head works as long as four layers.
     """
     return model.vocab_size * model.width / layer_elements(model)
 
@@ -118,6 +127,9 @@ def layer_elements(model: ModelShape, *, tp: int = 1) -> int:
         model: Sizes.
         tp: Ranks that divide heads and feed-forward width. With more ranks than
             key/value heads each holds a whole one, so that these are copied.
+
+    Returns:
+        Elements without the norms.
     """
     D, H = model.width, model.head_width
     queries = D * D // tp

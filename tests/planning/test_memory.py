@@ -167,6 +167,11 @@ def test_dividing_more_never_needs_more(model, division):
     assert peak_memory(job(model, **twice)).num_bytes < peak * (1 + 1e-9) or c.dp == 1
 
 
+def test_one_rank_alone_divides_nothing():
+    plain, *others = (peak_memory(job(tp=2, pp=2, zero=zero)) for zero in range(4))
+    assert all(other == plain for other in others)
+
+
 def test_usable_memory_and_its_constant():
     h100 = find_hardware("h100")
     assert usable_bytes(h100, Constants(reserved_memory=0.0)) == h100.memory_bytes
