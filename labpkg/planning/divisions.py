@@ -17,7 +17,7 @@ from typing import Any
 
 from labpkg.planning.configuration import PRECISIONS, Configuration
 from labpkg.planning.hardware import Hardware
-from labpkg.planning.plans import schedule_choices
+from labpkg.planning.neighbours import schedule_choices
 from labpkg.planning.shapes import ModelShape
 
 _CHOICES = (

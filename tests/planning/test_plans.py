@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 from labpkg.planning.configuration import Configuration
+from labpkg.planning.constants import constant_ranges
 from labpkg.planning.estimates import estimate
 from labpkg.planning.hardware import find_hardware
-from labpkg.planning.plans import Plan, describe, format_plans, neighbours
+from labpkg.planning.neighbours import neighbours
+from labpkg.planning.plans import Plan, describe, format_plans
 from labpkg.planning.shapes import ModelShape
 from labpkg.planning.simulator import simulate
 
@@ -46,6 +48,8 @@ def test_an_explanation_holds_every_number():
         f"{own.memory_bytes / 2**30:.1f} GiB of {own.usable_bytes / 2**30:.1f}" in text
     )
     assert str(plan.layout()) in text
+    assert all(source in text for source in H100.sources.values())
+    assert all(name in text for name in constant_ranges())
 
 
 def test_neighbours_differ_in_one_choice():
