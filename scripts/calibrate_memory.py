@@ -176,23 +176,26 @@ def _verdicts(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float]:
     """Return precision, recall and F1 of "does not fit"."""
     actual = actual.astype(bool)
     found = int((predicted & actual).sum())
-    return {
+    shares = {
         "precision": found / max(1, int(predicted.sum())),
         "recall": found / max(1, int(actual.sum())),
         "f1": 2 * found / max(1, int(predicted.sum() + actual.sum())),
     }
+    return {name: round(share, 4) for name, share in shares.items()}
 
 
 def _errors(peaks: np.ndarray, measured: np.ndarray) -> dict[str, float]:
     known = ~np.isnan(measured)
     ratios = peaks[known] / measured[known]
     relative = np.abs(ratios - 1)
-    return {
-        "rows": int(known.sum()),
-        "median": float(np.median(relative)),
-        "p75": float(np.quantile(relative, 0.75)),
-        "p90": float(np.quantile(relative, 0.9)),
-        "bias": float(np.median(ratios)),
+    found = {
+        "median": np.median(relative),
+        "p75": np.quantile(relative, 0.75),
+        "p90": np.quantile(relative, 0.9),
+        "bias": np.median(ratios),
+    }
+    return {"rows": int(known.sum())} | {
+        k: round(float(x), 4) for k, x in found.items()
     }
 
 
@@ -218,7 +221,10 @@ def memory_validation(folder: Path) -> dict[str, Any]:
     playbook, bounds = Table(playbook_runs(folder)), Table(mosaicml_runs(folder))
     fitted = fit(playbook, np.ones(len(playbook.runs), bool), bounds)
     report: dict[str, Any] = {
-        "constants": dict(zip(NAMES, fitted.values, strict=True))
+        "constants": {
+            name: round(value, 2)
+            for name, value in zip(NAMES, fitted.values, strict=True)
+        }
         | {"reserved_memory": fitted.reserve},
         "unit": "GiB of allocated tensors",
         "mosaicml": {
