@@ -52,12 +52,18 @@ def run(argv: list[str]) -> int:
         variants=options.variants,
         **_fixed(options.fix),
     )
+    place = options.explain
+    if place is not None and not 1 <= place <= len(plans):
+        raise ValueError(
+            f"--explain {place} is no plan of the {len(plans)} found; choose 1 to "
+            f"{len(plans)}"
+        )
     if options.json:
         print(json.dumps([each.as_dict() for each in plans]))
-    elif options.explain:
-        print("\n\n".join(each.explain() for each in plans))
-    else:
-        print(_title(plans[0]), format_plans(plans), sep="\n")
+        return 0
+    print(_title(plans[0]), format_plans(plans), sep="\n")
+    if place is not None:
+        print(f"\nPlan {place}: {plans[place - 1].explain()}")
     return 0
 
 
@@ -92,7 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variants", type=int, default=1, help="plans with the same axes"
     )
-    parser.add_argument("--explain", action="store_true", help="every term, and why")
+    parser.add_argument(
+        "--explain",
+        metavar="#",
+        type=int,
+        nargs="?",
+        const=1,
+        help="every term of a plan, and why its neighbours lost; by default of plan 1",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

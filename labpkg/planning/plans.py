@@ -121,6 +121,8 @@ class Plan:
             "Neighbours, that differ in one choice:",
             *(_verdict(own, other) for other in neighbours(own)),
             "",
+            _engines(self),
+            "",
             f"Numbers of {hardware.name}:",
             *_numbers(hardware),
             "",
@@ -129,8 +131,6 @@ class Plan:
                 f"  {name} {getattr(FITTED, name):.4g}: {known.meaning} ({known.unit})"
                 for name, known in constant_ranges().items()
             ),
-            "",
-            _engines(self),
         ]
         return "\n".join(lines)
 
