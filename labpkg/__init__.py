@@ -56,6 +56,7 @@ _EXPORTS = {
     "plan": "planning.planner",
     "peak_memory": "planning.memory",
     "PeakMemory": "planning.memory",
+    "usable_bytes": "planning.memory",
     "DividedWork": "planning.scaling",
     "parallel_efficiency": "planning.scaling",
     "palm_flops_per_token": "planning.scaling",
@@ -242,6 +243,7 @@ if TYPE_CHECKING:
     from labpkg.planning.layout import Layout as Layout
     from labpkg.planning.memory import PeakMemory as PeakMemory
     from labpkg.planning.memory import peak_memory as peak_memory
+    from labpkg.planning.memory import usable_bytes as usable_bytes
     from labpkg.planning.model_parallel import gpt_layer_cuts as gpt_layer_cuts
     from labpkg.planning.model_parallel import pipeline_bytes as pipeline_bytes
     from labpkg.planning.model_parallel import (

@@ -332,6 +332,7 @@ _GPUS = (_A100, _A100_40, _H100, _H100_PCIE, _H100_NVL, _H200, _B200, _MI300X)
 HARDWARE: Mapping[str, Hardware] = MappingProxyType(
     {entry.name: entry for entry in (*_GPUS, _LAPTOP)}
 )
+"""What `find_hardware` knows, by name."""
 
 _ALIASES = {"a100": "a100-80gb", "h100-sxm": "h100", "h100-80gb": "h100"}
 
