@@ -213,6 +213,25 @@ def test_ranks_send_the_predicted_bytes(found, n, i):
             assert count.wire_bytes == pytest.approx(on_wire)
 
 
+DATA_PARALLEL = [(n, i) for n, i in CASES if REAL[n][i].dp > 1]
+
+
+@pytest.mark.parametrize(("n", "i"), DATA_PARALLEL)
+def test_the_planner_knows_what_the_fullest_rank_sends_over_dp(found, n, i):
+    job, planned = REAL[n][i], Counter()
+    # Stage 2 of the engine keeps whole sums over the passes and reduces once.
+    num_passes = job.grad_accum_steps if job.zero == 3 else 1
+    for axis, phase, op, nbytes, calls in step_traffic(job):
+        if axis == "dp":
+            planned[op] += nbytes * calls * (num_passes if phase == "pass" else 1)
+    counted = Counter()
+    for _, (*_, num_tensors), sent in (of[i] for of in found[n]):
+        for op in planned:
+            flags = 4 * num_tensors + 4 if op == "all_reduce" else 0
+            counted[op] = max(counted[op], sent["dp", op].payload_bytes - flags)
+    assert counted == planned
+
+
 def payloads(job, stage, share, num_tensors):
     """Return the payload of each axis and collective on a rank of a stage.
 
