@@ -136,7 +136,7 @@ class Configuration:
             )
         v = max(v, fixed)
         # Embedding, final norm and head may have stages of their own.
-        if self.pp > 1 and self.pp * v > self.model.num_layers + 5:
+        if self.pp * v > self.model.num_layers + 5:
             raise ValueError(
                 f"pp={self.pp} x num_virtual_stages={v} stages are more than the "
                 f"{self.model.num_layers} layers and both ends of the model can fill; "

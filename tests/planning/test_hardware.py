@@ -54,6 +54,52 @@ def test_peaks_are_half_of_what_datasheets_list_with_sparsity():
         assert HARDWARE[name].peak_flops["bf16"] == pytest.approx(tera * 5e11, rel=1e-3)
 
 
+def test_memory_moves_two_bits_per_wire_and_clock():
+    for name, wires, clock in (
+        ("a100-40gb", 5120, 1215e6),
+        ("a100-80gb", 5120, 1593e6),
+        ("h100", 5120, 2619e6),
+        ("h100-pcie", 5120, 1593e6),
+        ("h100-nvl", 6016, 2619e6),
+        ("h200", 6144, 3201e6),
+        ("b200", 7680, 3996e6),
+        ("mi300x", 8192, 2600e6),
+    ):
+        rate = 2 * wires * clock / 8
+        assert HARDWARE[name].memory_bytes_per_s == pytest.approx(rate, rel=0.025)
+
+
+def test_single_precision_peaks_are_clock_times_units():
+    for name, lanes, clock in (
+        ("a100-80gb", 6912, 1410e6),
+        ("h100", 16896, 1980e6),
+        ("h100-pcie", 14592, 1755e6),
+        ("h100-nvl", 16896, 1785e6),
+        ("h200", 16896, 1980e6),
+        ("mi300x", 304 * 128, 2100e6),
+    ):
+        peak = HARDWARE[name].peak_flops["fp32"]
+        assert peak == pytest.approx(2 * lanes * clock, rel=0.01)
+
+
+def test_collectives_reach_most_of_the_links_and_no_more():
+    # In one direction: of a GPU in its node, of all network cards of a node.
+    for name, node, network in (
+        ("a100-80gb", 300e9, 200e9),
+        ("a100-40gb", 300e9, 200e9),
+        ("h100", 450e9, 400e9),
+        ("h200", 450e9, 400e9),
+        ("b200", 900e9, 400e9),
+        ("mi300x", 448e9, 400e9),
+    ):
+        entry = HARDWARE[name]
+        assert 0.65 < entry.node_bytes_per_s / node < 0.85
+        assert 0.75 < entry.network_rate(2) / network < 0.85
+        assert 1e-6 < entry.node_latency_s < 1e-5 < entry.network_latency_s < 1e-4
+    for name in ("h100-pcie", "h100-nvl"):
+        assert HARDWARE[name].network_rate(2) < HARDWARE[name].node_bytes_per_s < 63e9
+
+
 def test_memory_is_a_little_less_than_its_name_in_gib():
     for name, named in (
         ("a100-40gb", 40),
@@ -92,6 +138,7 @@ def test_network_rate_is_that_of_the_largest_count_not_above():
         ("h100", "h100"),
         ("H100", "h100"),
         (" h100_SXM ", "h100"),
+        ("H100 80GB", "h100"),
         ("a100", "a100-80gb"),
         ("A100 40GB", "a100-40gb"),
         ("a100_80gb", "a100-80gb"),
@@ -103,8 +150,9 @@ def test_names_are_found_however_they_are_spelled(name, found):
 
 
 def test_unknown_name_lists_the_nearest():
-    with pytest.raises(ValueError, match=r"'h10O' is unknown.*h100.*NAME\.json"):
+    with pytest.raises(ValueError, match=r"'h10O' is unknown.*h100.*NAME\.json") as e:
         find_hardware("h10O")
+    assert "laptop" not in str(e.value)
     with pytest.raises(ValueError, match=r"a100-40gb, .*laptop"):
         find_hardware("~")
 
@@ -152,6 +200,7 @@ def test_the_list_cannot_be_changed():
         ({"network_latency_s": "38 us"}, "network_latency_s='38 us'"),
         ({"gpus_per_node": 7.5}, r"gpus_per_node=7\.5 .* whole number"),
         ({"gpus_per_node": 8.0}, r"gpus_per_node=8\.0 .* whole number"),
+        ({"matmul_fraction": 1.01}, r"matmul_fraction=1\.01 .* is above 1"),
         ({"matmul_fraction": 80}, r"matmul_fraction=80 .* give 0\.8"),
         ({"peak_flops": {"bf16": 1e12}}, "has no fp16, fp32"),
         (

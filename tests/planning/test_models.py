@@ -75,6 +75,13 @@ def test_heads_are_as_wide_as_published(name):
     assert MODEL_SHAPES[name].head_width == {**narrow, **wide}.get(name, 128)
 
 
+def test_vocabularies_of_models_named_by_their_size():
+    # GPT-3 has the one of GPT-2; Megatron's is padded to whole tiles.
+    assert MODEL_SHAPES["gpt3-175b"].vocab_size == 50257
+    for name in ("megatron-22b", "megatron-175b", "megatron-530b", "megatron-1t"):
+        assert MODEL_SHAPES[name].vocab_size == 51200
+
+
 @pytest.mark.parametrize(
     ("name", "length"),
     [
@@ -103,6 +110,7 @@ def test_sequences_are_as_long_as_in_training(name, length):
         ("GPT-2", "gpt2"),
         ("gpt-2-xl", "gpt2-xl"),
         ("gpt3", "gpt3-175b"),
+        ("GPT2 small", "gpt2"),
         (" Mistral 7B ", "mistral-7b"),
     ],
 )
