@@ -38,6 +38,7 @@ NAMES = (
     "launch",
     "optimizers",
     "pipeline",
+    "scaling",
     "tensor_parallel",
     "train",
     "zero",
@@ -52,6 +53,7 @@ _COLUMNS = (
     "unit",
     "bus_gb_per_s",  # collectives only
     "gb_per_s",  # checkpoint only
+    "efficiency",  # scaling only
     "peak_bytes",  # zero and compose
     "predicted_bytes",  # compose only
 )
