@@ -106,8 +106,15 @@ MODEL_SHAPES: Mapping[str, ModelShape] = MappingProxyType(
 )
 """What `find_model` knows, each with the length of its sequences in training."""
 
-# The first Llama had no 70B; whoever says so means Llama 2.
-_ALIASES = {"llama-70b": "llama2-70b", "gpt2-small": "gpt2", "gpt3": "gpt3-175b"}
+# Sizes that one Llama alone has; the first one had no 70B, so that means Llama 2.
+_ALIASES = {
+    "llama-8b": "llama3-8b",
+    "llama-30b": "llama-33b",
+    "llama-70b": "llama2-70b",
+    "llama-405b": "llama3-405b",
+    "gpt2-small": "gpt2",
+    "gpt3": "gpt3-175b",
+}
 
 
 def find_model(name: str) -> ModelShape:
@@ -115,7 +122,7 @@ def find_model(name: str) -> ModelShape:
 
     Args:
         name: A key of `MODEL_SHAPES` in any case, spaces and underscores for hyphens,
-            or `llama-70b` (Llama 2), `gpt3`, `gpt2-small`.
+            or `llama-70b` (Llama 2), `llama-8b`, `llama-405b` (Llama 3), `gpt3`.
 
     Returns:
         The shape, with the length of its sequences in training; change a size with
