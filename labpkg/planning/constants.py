@@ -46,16 +46,24 @@ class Constants:
     """
 
     # Time
-    matmul_efficiency: float = _fitted(
-        0.97,
-        "rate of the matrix products of a training step, as a share of the best large "
-        "product",
+    sustained_clock: float = _fitted(
+        0.79,
+        "rate of matrix products that power-limited GPUs keep in long runs, as a share "
+        "of their best large product; the others keep all of it",
         "1",
-        0.4,
+        0.7,
+        1.0,
+    )
+    attention_efficiency: float = _fitted(
+        0.63,
+        "rate of attention, all T x T scores counted, as a share of that of matrix "
+        "products",
+        "1",
+        0.2,
         1.0,
     )
     activation_passes: float = _fitted(
-        16.3,
+        10.0,
         "how often forward and backward together read or write what lies between two "
         "matrix products: norms, activation functions, residual sums, casts, loss",
         "1",
@@ -71,12 +79,12 @@ class Constants:
         5e-3,
     )
     optimizer_passes: float = _fitted(
-        9.8,
+        11.0,
         "how often step, clipping and bookkeeping read or write the float32 numbers of "
         "a parameter: gradient, master copy and both moments",
         "1",
         2.0,
-        12.0,
+        15.0,
     )
     overlap: float = _fitted(
         0.0,
@@ -85,16 +93,8 @@ class Constants:
         0.0,
         1.0,
     )
-    prefetch: float = _fitted(
-        0.76,
-        "share of every pass that hides the traffic of divided weights and gradients, "
-        "ZeRO 2 and 3",
-        "1",
-        0.0,
-        1.0,
-    )
     pipeline_wait: float = _fitted(
-        6.1,
+        6.2,
         "network latencies for which the host waits with each call of a "
         "tensor-parallel group, per rank of it, while messages of a pipeline cross the "
         "network",
@@ -103,7 +103,7 @@ class Constants:
         20.0,
     )
     network_share: float = _fitted(
-        0.64,
+        0.85,
         "bandwidth between nodes that a ring reaches in training, as a share of what "
         "a benchmark of large messages reaches",
         "1",

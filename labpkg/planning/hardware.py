@@ -44,6 +44,8 @@ class Hardware:
             of one GPU per node each, get a g-th of it.
         node_latency_s: Of one step of a ring inside a node.
         network_latency_s: Of one step of a ring that crosses the network.
+        power_limited: Whether the GPU draws as much as it may (700 W and more) in long
+            runs, so that its clock falls below that of a short benchmark.
         sources: Where each number comes from, by the name of its field.
 
     Raises:
@@ -61,6 +63,7 @@ class Hardware:
     network_bytes_per_s: Mapping[int, float] = field(hash=False)
     node_latency_s: float
     network_latency_s: float
+    power_limited: bool = False
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -107,7 +110,7 @@ class Hardware:
             value = getattr(self, entry.name)
             if entry.name in ("peak_flops", "network_bytes_per_s"):
                 yield from ((f"{entry.name}[{key!r}]", v) for key, v in value.items())
-            elif entry.name not in ("name", "sources"):
+            elif entry.name not in ("name", "power_limited", "sources"):
                 yield entry.name, value
 
     def network_rate(self, nodes: int) -> float:
@@ -164,7 +167,7 @@ _PLAYBOOK = (
 
 
 def _sources(sheet: str, **others: str) -> dict[str, str]:
-    named = ("gpus_per_node", "memory_bytes_per_s", "peak_flops")
+    named = ("gpus_per_node", "memory_bytes_per_s", "peak_flops", "power_limited")
     found = dict.fromkeys(named, _SHEETS[sheet])
     latencies = {"node_latency_s": _NCCL, "network_latency_s": _NCCL}
     return {**found, "memory_bytes": _CAPACITY, **latencies, **others}
@@ -185,6 +188,7 @@ _H100 = Hardware(
     network_bytes_per_s={2: 330e9},
     node_latency_s=3.4e-6,
     network_latency_s=38e-6,
+    power_limited=True,
     sources=_sources(
         "h100",
         matmul_fraction=_MATMUL,
@@ -282,6 +286,7 @@ _H100_PCIE = replace(
     network_bytes_per_s={2: 35e9},
     node_latency_s=5.7e-6,
     network_latency_s=14e-6,
+    power_limited=False,  # its best product was measured at the limit
     sources=_sources(
         "h100",
         matmul_fraction="best of five square products, 495.93 TFLOP/s at 350 W (of an "
@@ -320,6 +325,7 @@ _LAPTOP = Hardware(
     network_latency_s=200e-6,
     sources={
         **dict.fromkeys(("gpus_per_node", "memory_bytes", "memory_bytes_per_s"), _EPYC),
+        "power_limited": "processors of a laptop, measured in a long run",
         **dict.fromkeys(("node_bytes_per_s", "node_latency_s"), _EPYC),
         "peak_flops": f"{_EPYC}: the best product, the nominal peak is not known",
         "matmul_fraction": "1, since the peak is what products reach",

@@ -29,7 +29,7 @@ from labpkg.planning.shapes import ModelShape
 from labpkg.planning.stages import stage_elements, stage_shares, stages_per_rank
 
 BUCKET_BYTES = 512e6
-"""Payload of one call of data-parallel traffic: larger tensors travel in pieces."""
+"""Payload of one call where gradients or weights of many layers travel together."""
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one number of the precision in which a model computes."""
@@ -236,12 +236,18 @@ def _data_parallel(job: Configuration) -> list[Traffic]:
     weights, gradients = ITEMSIZE[job.precision] * held, GRADIENT_ITEMSIZE * held
     if job.zero == 0:
         return [_in_buckets("step", "all_reduce", gradients)]
-    phase = "step" if job.zero == 1 else "pass"
-    scatters = _in_buckets(phase, "reduce_scatter", gradients)
-    gathers = _in_buckets("update", "all_gather", weights)
-    if job.zero == 3:  # before forward and again before backward
-        gathers = gathers._replace(phase="pass", calls=2 * gathers.calls)
-    return [scatters, gathers]
+    if job.zero < 3:
+        phase = "step" if job.zero == 1 else "pass"
+        return [
+            _in_buckets(phase, "reduce_scatter", gradients),
+            _in_buckets("update", "all_gather", weights),
+        ]
+    # Layer by layer: gathered before forward and again before backward.
+    layers = math.ceil(job.model.num_layers / job.pp)
+    return [
+        Traffic("dp", "pass", "reduce_scatter", gradients / layers, layers),
+        Traffic("dp", "pass", "all_gather", weights / layers, 2 * layers),
+    ]
 
 
 def _in_buckets(phase: str, op: str, payload: float) -> Traffic:

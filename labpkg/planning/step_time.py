@@ -180,8 +180,8 @@ def _traffic_s(
 
 
 def _rate(job: Configuration, hardware: Hardware, constants: Constants) -> float:
-    peak = hardware.peak_flops[job.precision]
-    return constants.matmul_efficiency * hardware.matmul_fraction * peak
+    clock = constants.sustained_clock if hardware.power_limited else 1.0
+    return clock * hardware.matmul_fraction * hardware.peak_flops[job.precision]
 
 
 def _products_s(
@@ -224,7 +224,7 @@ def _layer_work(
     matrices = [(D, D / tp + keys_and_values), (D / tp, D), *up, (F, D)]
     products = _products_s(job, hardware, constants, matrices)
     scores = 4 * _tokens(job) * model.sequence_length * D / tp
-    scores /= _rate(job, hardware, constants)
+    scores /= constants.attention_efficiency * _rate(job, hardware, constants)
     # Input and output of both norms and both residual sums; queries and what attention
     # returns, keys, values; each tensor of the feed-forward part.
     between = 4 * D / (tp if job.cuts_sequence else 1)
@@ -327,7 +327,7 @@ def _work_terms(
             M * work.products,
             f"{passes} (and head): 3 x 2 B T K N / {rate:.0f} TFLOP/s + operands / "
             f"{memory:.2f} TB/s",
-            "roofline; matmul_efficiency is fitted",
+            "roofline; sustained_clock and attention_efficiency are fitted",
         ),
         Term(
             "activations",
@@ -384,7 +384,8 @@ def _bubble(job: Configuration, work: _Work) -> _Bubble:
     if not job.schedule.startswith("zb"):
         return _Bubble(1.0, 0.0)
     # Filling and draining take F + I - W of each other stage instead of F + I + W.
-    fill = (1 - 2 * work.weights / work.seconds) / v
+    weights = 1 / 3 if work.host > work.gpu_s else work.weights / work.gpu_s
+    fill = (1 - 2 * weights) / v
     missing = max(0, P - M) if v == 1 else max(0, 3 * P - 1 - 2 * M) / 2
     return _Bubble(fill, missing / 3)
 
@@ -425,7 +426,8 @@ def _step_terms(
     a_pass = pipeline.slowest.seconds
     hidden = constants.overlap * a_pass * 2 / 3
     gradients = max(0.0, traffic["dp", "step"] - hidden)
-    passes = M * max(0.0, traffic["dp", "pass"] - constants.prefetch * a_pass)
+    # Divided weights and gradients travel layer by layer, all through a pass.
+    passes = M * max(0.0, traffic["dp", "pass"] - a_pass)
     held = held_elements(job)
     state = STATE_BYTES * held / (n if job.zero else 1)
     state += GRADIENT_ITEMSIZE * held / (n if job.zero > 1 else 1)
@@ -436,7 +438,7 @@ def _step_terms(
             gradients + traffic["dp", "update"] + passes,
             f"zero={job.zero} over n={n} ranks, N={held / 1e9:.3f}e9 parameters a "
             "rank, less what backward hides",
-            "rings; overlap, prefetch and network_share are fitted",
+            "rings; overlap and network_share are fitted",
         ),
         Term(
             "optimizer",
