@@ -272,8 +272,8 @@ def _head_work(
 
 def _accumulation_s(job: Configuration, hardware: Hardware, elements: float) -> float:
     """Return the seconds to add the gradients of a micro-batch to those before."""
-    if job.zero > 1:
-        return 0.0  # a n-th of them, after they were sent
+    if job.zero > 1 and job.dp * job.cp > 1:
+        return 0.0  # an n-th of them, after they were sent
     read_and_written = ITEMSIZE[job.precision] + 2 * GRADIENT_ITEMSIZE
     return read_and_written * elements / hardware.memory_bytes_per_s
 
