@@ -207,30 +207,33 @@ def _entry(rows: list[dict[str, Any]]) -> Hardware:
         sources |= dict.fromkeys(("node_bytes_per_s", "node_latency_s"), _ALONE)
     sources |= dict.fromkeys(("network_bytes_per_s", "network_latency_s"), _ASSUMED)
     processor = rows[0]["config"]
-    peak, fraction, source = _peak(processor, found["peak_flops"])
+    model = processor.removeprefix("NVIDIA ").removeprefix("AMD Instinct ")
+    known = HARDWARE[_KNOWN[model]] if model in _KNOWN else None
+    peak, fraction, source = _peak(known, found["peak_flops"])
     sources |= {"peak_flops": source, "matmul_fraction": source}
+    sources["power_limited"] = (
+        "assumed: these products were measured for long enough"
+        if known is None
+        else known.sources["power_limited"]
+    )
     return Hardware(
         **{**found, "gpus_per_node": round(found["gpus_per_node"]), "peak_flops": peak},
         name=f"this machine ({processor})",
         matmul_fraction=fraction,
         network_bytes_per_s={2: _ETHERNET_BYTES_PER_S},
         network_latency_s=_ETHERNET_LATENCY_S,
+        power_limited=known is not None and known.power_limited,
         sources=sources,
     )
 
 
 def _peak(
-    processor: str, best: dict[str, float]
+    known: Hardware | None, best: dict[str, float]
 ) -> tuple[dict[str, float], float, str]:
     """Return the peaks, the part that products reach, and where both are from."""
-    model = processor.removeprefix("NVIDIA ").removeprefix("AMD Instinct ")
-    known = _KNOWN.get(model)
     if known is None:
-        return (
-            best,
-            1.0,
-            "measured; the nominal peak is unknown, so it is what we reach",
-        )
-    peak = dict(HARDWARE[known].peak_flops)
-    source = f"best product as measured, of the peak of the {known}"
+        what = "measured; the nominal peak is unknown, so it is what we reach"
+        return best, 1.0, what
+    peak = dict(known.peak_flops)
+    source = f"best product as measured, of the peak of the {known.name}"
     return peak, min(1.0, best["bf16"] / peak["bf16"]), source

@@ -49,8 +49,8 @@ class Hardware:
         sources: Where each number comes from, by the name of its field.
 
     Raises:
-        ValueError: If a number is not positive and finite, the fraction is above 1, a
-            precision is missing, or there is no bandwidth between nodes.
+        ValueError: If a number is not positive and finite, the fraction is above 1,
+            a table lacks an entry, or something has another type.
     """
 
     name: str
@@ -74,11 +74,14 @@ class Hardware:
                     f"{name}={value!r} of {self.name!r} must be a positive, finite "
                     "number; give bytes, FLOP/s, bytes/s and seconds"
                 )
-        if not isinstance(self.gpus_per_node, int):
-            raise ValueError(
-                f"gpus_per_node={self.gpus_per_node} of {self.name!r} must be a whole "
-                "number; count the GPUs of a node"
-            )
+        for name, kind, what in (
+            ("gpus_per_node", int, "a whole number"),
+            ("power_limited", bool, "true or false"),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} of {self.name!r}; give {what}"
+                )
         if self.matmul_fraction > 1:
             raise ValueError(
                 f"matmul_fraction={self.matmul_fraction} of {self.name!r} is above 1, "
@@ -148,9 +151,7 @@ _SHEETS = {
     "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html",
 }
 _CAPACITY = "total capacity that PyTorch reports when memory runs out"
-_BEKMAN = (
-    "Bekman, Machine Learning Engineering, https://github.com/stas00/ml-engineering"
-)
+_BEKMAN = "Bekman, ML Engineering, https://github.com/stas00/ml-engineering"
 _MATMUL = f"best product of a search over shapes in PyTorch, {_BEKMAN}, accelerator"
 _RING = f"all-reduce of 16 GiB on 8 x H200 without SHARP, {_BEKMAN}, network"
 _NCCL = "latency of a ring (Simple) in NCCL's own model, src/graph/tuning.cc"
@@ -167,10 +168,11 @@ _PLAYBOOK = (
 
 
 def _sources(sheet: str, **others: str) -> dict[str, str]:
-    named = ("gpus_per_node", "memory_bytes_per_s", "peak_flops", "power_limited")
-    found = dict.fromkeys(named, _SHEETS[sheet])
-    latencies = {"node_latency_s": _NCCL, "network_latency_s": _NCCL}
-    return {**found, "memory_bytes": _CAPACITY, **latencies, **others}
+    named = ("gpus_per_node", "memory_bytes_per_s", "peak_flops")
+    found: dict[str, str] = dict.fromkeys(named, _SHEETS[sheet])
+    found |= dict.fromkeys(("node_latency_s", "network_latency_s"), _NCCL)
+    found["power_limited"] = f"estimate from the power in the {_SHEETS[sheet]}"
+    return {**found, "memory_bytes": _CAPACITY, **others}
 
 
 def _flops(half: float, single: float) -> dict[str, float]:
@@ -289,8 +291,7 @@ _H100_PCIE = replace(
     power_limited=False,  # its best product was measured at the limit
     sources=_sources(
         "h100",
-        matmul_fraction="best of five square products, 495.93 TFLOP/s at 350 W (of an "
-        "H100 SXM the same program says 0.806), "
+        matmul_fraction="best of five square products (0.806 for the H100 SXM), "
         "https://github.com/zzc0721/torch-performance-test-data/issues/95",
         node_bytes_per_s="8 cards without bridges, 35 to 45 GB/s, "
         "https://docs.alayanew.com/en/docs/tech-blog/2026-05-06-nccl-tests",
@@ -304,14 +305,9 @@ _H100_NVL = replace(
     memory_bytes=93.0 * _GIB,
     memory_bytes_per_s=3.9e12,
     peak_flops=_flops(835.5e12, 60e12),
-    sources={
-        **_H100_PCIE.sources,
-        "matmul_fraction": "estimate: that of the H100 PCIe",
-    },
+    sources={**_H100_PCIE.sources, "matmul_fraction": "estimate: as the H100 PCIe"},
 )
-_EPYC = (
-    "measured by labpkg bench hardware, two cores of an AMD EPYC, 2 ranks on the CPU"
-)
+_EPYC = "measured by labpkg bench hardware, 2 ranks on two cores of an AMD EPYC"
 _LAPTOP = Hardware(
     name="laptop",
     gpus_per_node=2,
@@ -325,7 +321,7 @@ _LAPTOP = Hardware(
     network_latency_s=200e-6,
     sources={
         **dict.fromkeys(("gpus_per_node", "memory_bytes", "memory_bytes_per_s"), _EPYC),
-        "power_limited": "processors of a laptop, measured in a long run",
+        "power_limited": "estimate: two busy cores keep their clock",
         **dict.fromkeys(("node_bytes_per_s", "node_latency_s"), _EPYC),
         "peak_flops": f"{_EPYC}: the best product, the nominal peak is not known",
         "matmul_fraction": "1, since the peak is what products reach",

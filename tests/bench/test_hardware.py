@@ -1,6 +1,7 @@
 """That rates are work over time, and that what is measured can be planned with."""
 
 import json
+import time
 
 import pytest
 
@@ -52,6 +53,31 @@ def test_rates_are_work_over_time(world2):
     assert not values
 
 
+def test_a_rank_has_its_part_of_the_memory_of_a_cpu(monkeypatch):
+    class Memory:
+        total = 12.0
+
+    monkeypatch.setattr(hardware.psutil, "virtual_memory", Memory)
+    assert hardware._capacity(3, on_gpu=False) == 4
+
+
+def test_as_many_bytes_are_moved_as_are_divided_by_the_time(monkeypatch):
+    held = []
+
+    def plant(call, quick):
+        held.append([cell.cell_contents.nbytes for cell in call.__closure__])
+        return hardware._Measured(2.0)
+
+    monkeypatch.setattr(hardware, "_seconds", plant)
+    assert hardware._copy(4096, quick=True).value == 4096
+    hardware._all_reduce_s(1024, quick=True)
+    assert held == [[4096, 4096], [1024]]
+
+
+def test_times_are_in_seconds():
+    assert 0.01 < hardware._seconds(lambda: time.sleep(0.01), quick=True).value < 1
+
+
 def test_this_machine_is_an_entry(world2, tmp_path):
     found = world2.run(hardware._measure, True)[0]
     path = tmp_path / "report.json"
@@ -65,6 +91,7 @@ def test_this_machine_is_an_entry(world2, tmp_path):
 
 def test_unknown_processor_has_its_best_product_as_peak():
     entry = hardware._entry(rows())
+    assert not entry.power_limited
     assert entry.peak_flops == {"bf16": 400e9, "fp16": 300e9, "fp32": 50e9}
     assert entry.matmul_fraction == 1
     assert entry.memory_bytes == 8e9
@@ -91,6 +118,8 @@ def test_known_gpu_keeps_its_nominal_peak(torch_name, name):
     entry = hardware._entry(rows(torch_name, bf16=peak["bf16"] / 2e9))
     assert entry.peak_flops == peak
     assert entry.matmul_fraction == pytest.approx(0.5)
+    assert entry.power_limited is HARDWARE[name].power_limited
+    assert set(entry.sources) == set(HARDWARE[name].sources)
     above = hardware._entry(rows(torch_name, bf16=peak["bf16"] / 0.5e9))
     assert above.matmul_fraction == 1
 

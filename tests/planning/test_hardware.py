@@ -82,6 +82,11 @@ def test_single_precision_peaks_are_clock_times_units():
         assert peak == pytest.approx(2 * lanes * clock, rel=0.01)
 
 
+def test_gpus_of_700_watts_are_limited_by_power():
+    limited = {name for name, entry in HARDWARE.items() if entry.power_limited}
+    assert limited == {"h100", "h200", "b200", "mi300x"}
+
+
 def test_collectives_reach_most_of_the_links_and_no_more():
     # In one direction: of a GPU in its node, of all network cards of a node.
     for name, node, network in (
@@ -200,6 +205,7 @@ def test_the_list_cannot_be_changed():
         ({"network_latency_s": "38 us"}, "network_latency_s='38 us'"),
         ({"gpus_per_node": 7.5}, r"gpus_per_node=7\.5 .* whole number"),
         ({"gpus_per_node": 8.0}, r"gpus_per_node=8\.0 .* whole number"),
+        ({"power_limited": "no"}, "power_limited='no' of 'h100'; give true or false"),
         ({"matmul_fraction": 1.01}, r"matmul_fraction=1\.01 .* is above 1"),
         ({"matmul_fraction": 80}, r"matmul_fraction=80 .* give 0\.8"),
         ({"peak_flops": {"bf16": 1e12}}, "has no fp16, fp32"),
