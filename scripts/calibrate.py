@@ -223,19 +223,34 @@ def baselines(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """Return what two predictions without a model miss, at their best on all rows."""
     jobs = [job for job in jobs if job.source == "playbook" and job.tok_s_gpu]
     flops = [job.measured * job.configuration.model.flops_per_token for job in jobs]
-    usual = median(flops)
     cells: dict[tuple[str, int], list[float]] = defaultdict(list)
     for job in jobs:
         cells[job.model, job.nodes].append(job.measured)
-    by_cell = [(median(cells[job.model, job.nodes]), job.measured) for job in jobs]
-    constant = [(usual, speed) for speed in flops]
+    by_cell = [
+        pair for speeds in cells.values() for pair in _with_best_constant(speeds)
+    ]
     return [
-        {"name": "one MFU for all", "median": summary(constant)["median"]},
+        {
+            "name": "one MFU for all",
+            "median": summary(_with_best_constant(flops))["median"],
+        },
         {
             "name": "one speed for each model and number of nodes",
             "median": summary(by_cell)["median"],
         },
     ]
+
+
+def _with_best_constant(values: Sequence[float]) -> list[tuple[float, float]]:
+    """Return pairs of the constant of least median error, and each value.
+
+    It is the middle, on a logarithmic scale, of the shortest interval with half of them.
+    """
+    ordered = sorted(math.log(value) for value in values)
+    half = len(ordered) // 2
+    pairs = zip(ordered, ordered[half:], strict=False)
+    low, high = min(pairs, key=lambda ends: ends[1] - ends[0])
+    return [(math.exp((low + high) / 2), value) for value in values]
 
 
 def regions(

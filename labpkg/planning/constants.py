@@ -55,7 +55,7 @@ class Constants:
         1.0,
     )
     attention_efficiency: float = _fitted(
-        0.63,
+        0.62,
         "rate of attention, all T x T scores counted, as a share of that of matrix "
         "products",
         "1",
@@ -103,7 +103,7 @@ class Constants:
         20.0,
     )
     network_share: float = _fitted(
-        0.85,
+        0.8,
         "bandwidth between nodes that a ring reaches in training, as a share of what "
         "a benchmark of large messages reaches",
         "1",
