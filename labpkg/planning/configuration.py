@@ -129,7 +129,7 @@ class Configuration:
     def _check_stages(self) -> None:
         v, schedule = self.num_virtual_stages, self.schedule
         fixed = 2 if schedule == "zb-v" else 1
-        if schedule != "interleaved" and v not in (1, fixed):
+        if schedule != "interleaved" and v > fixed:
             raise ValueError(
                 f"schedule={schedule!r} has {fixed} stages on each rank, but "
                 f"num_virtual_stages={v}; choose {fixed}, or schedule='interleaved'"

@@ -82,6 +82,19 @@ def test_single_precision_peaks_are_clock_times_units():
         assert peak == pytest.approx(2 * lanes * clock, rel=0.01)
 
 
+def test_best_products_are_those_measured():
+    for name, tera in (
+        ("a100-80gb", 271.2),
+        ("h100", 794.5),
+        ("h100-pcie", 495.93),
+        ("b200", 1745),
+        ("mi300x", 668.4),
+    ):
+        entry = HARDWARE[name]
+        reached = entry.peak_flops["bf16"] * entry.matmul_fraction
+        assert reached == pytest.approx(tera * 1e12, rel=2e-3)
+
+
 def test_gpus_of_700_watts_are_limited_by_power():
     limited = {name for name, entry in HARDWARE.items() if entry.power_limited}
     assert limited == {"h100", "h200", "b200", "mi300x"}
