@@ -50,6 +50,7 @@ def run(argv: list[str]) -> int:
         max_cp=options.max_cp,
         num_plans=options.top,
         variants=options.variants,
+        spare_memory=options.spare_memory,
         **_fixed(options.fix),
     )
     place = options.explain
@@ -97,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top", type=int, default=10, help="plans to print")
     parser.add_argument(
         "--variants", type=int, default=1, help="plans with the same axes"
+    )
+    parser.add_argument(
+        "--spare-memory", type=float, default=0.0, help="share to leave free, as in 0.1"
     )
     parser.add_argument(
         "--explain",

@@ -17,6 +17,7 @@ from typing import Any
 
 from labpkg.planning.configuration import PRECISIONS, Configuration
 from labpkg.planning.hardware import Hardware
+from labpkg.planning.memory import usable_bytes
 from labpkg.planning.neighbours import schedule_choices
 from labpkg.planning.shapes import ModelShape
 
@@ -37,6 +38,7 @@ class Task:
         tokens_per_step: Of all ranks.
         precision: Of the matrix products.
         max_cp: The most ranks that may share a sequence.
+        spare_memory: Share of the usable memory that stays free.
         fixed: Fields of `Configuration` that are decided.
 
     Raises:
@@ -49,6 +51,7 @@ class Task:
     tokens_per_step: int
     precision: str
     max_cp: int
+    spare_memory: float
     fixed: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -56,6 +59,11 @@ class Task:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value} must be an integer of at least 1")
+        if not 0 <= self.spare_memory < 1:
+            raise ValueError(
+                f"spare_memory={self.spare_memory} must be a share from 0 to below 1; "
+                "choose 0.1"
+            )
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"precision={self.precision!r} is unknown; choose one of "
@@ -85,6 +93,11 @@ class Task:
             raise ValueError(
                 f"{name}={value} is not a multiple of {what}={size}; choose {near}"
             )
+
+    @property
+    def most_bytes(self) -> float:
+        """What the fullest rank may allocate."""
+        return usable_bytes(self.hardware) * (1 - self.spare_memory)
 
     @property
     def sequences(self) -> int:

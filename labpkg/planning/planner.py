@@ -21,7 +21,7 @@ from labpkg.planning.configuration import Configuration
 from labpkg.planning.divisions import Task
 from labpkg.planning.estimates import Estimate, estimate
 from labpkg.planning.hardware import Hardware, find_hardware
-from labpkg.planning.memory import peak_memory, usable_bytes
+from labpkg.planning.memory import peak_memory
 from labpkg.planning.models import find_model
 from labpkg.planning.plans import Plan, describe
 from labpkg.planning.shapes import ModelShape
@@ -43,6 +43,7 @@ def plan(
     max_cp: int = 1,
     num_plans: int = 10,
     variants: int = 1,
+    spare_memory: float = 0.0,
     **fixed: Any,
 ) -> list[Plan]:
     """Return the fastest ways to train a model that fit, the best first.
@@ -62,6 +63,8 @@ def plan(
         num_plans: The most plans that are returned.
         variants: The most plans with the same dp, tp, pp and cp: 1 tells divisions
             apart, more also show what else they could choose.
+        spare_memory: Share of the usable memory that a plan must leave free: predicted
+            peaks are wrong by 10 % in the median.
         fixed: Fields of `Configuration` that are not to be chosen, such as `tp=8`.
 
     Returns:
@@ -83,6 +86,7 @@ def plan(
         tokens_per_step=tokens_per_step,
         precision=precision,
         max_cp=max_cp,
+        spare_memory=spare_memory,
         fixed=fixed,
     )
     for name, value in (("num_plans", num_plans), ("variants", variants)):
@@ -115,7 +119,6 @@ class _Search:
         self.best: list[Estimate] = []
         self.leanest: Configuration | None = None
         self.least_bytes = math.inf
-        self._most_bytes = usable_bytes(task.hardware)
         self._too_large: dict[tuple[Any, ...], int] = {}  # the smallest micro-batch
         self._alike = defaultdict[_Axes, list[Estimate]](list)
         self._layer_s: dict[tuple[Any, ...], float] = {}
@@ -167,7 +170,7 @@ class _Search:
         num_bytes = peak_memory(job).num_bytes
         if num_bytes < self.least_bytes:
             self.leanest, self.least_bytes = job, num_bytes
-        if num_bytes > self._most_bytes:
+        if num_bytes > self.task.most_bytes:
             self._too_large[others] = min(size, self._too_large.get(others, size))
             return
         self._keep(estimate(job, self.task.hardware), self._alike[axes])
@@ -218,7 +221,6 @@ def _nothing_divides(task: Task) -> str:
 
 def _nothing_fits(task: Task, leanest: Configuration) -> str:
     needed = peak_memory(leanest).num_bytes / _GIB
-    usable = usable_bytes(task.hardware) / _GIB
     remedies = [f"GPUs with {needed:.0f} GiB to use"]
     if task.fixed and _fits_somewhere(replace(task, fixed={})):
         names = ", ".join(f"{name}={value!r}" for name, value in task.fixed.items())
@@ -230,7 +232,7 @@ def _nothing_fits(task: Task, leanest: Configuration) -> str:
     return (
         f"no way to divide this job fits {task.world_size} x {task.hardware.name}: the "
         f"leanest ({describe(leanest)}) needs {needed:.1f} GiB on its fullest rank, of "
-        f"{usable:.1f}; choose {' or '.join(remedies)}"
+        f"{task.most_bytes / _GIB:.1f}; choose {' or '.join(remedies)}"
     )
 
 
@@ -250,6 +252,5 @@ def _fits_somewhere(task: Task) -> bool:
     lean = {"recompute": "full", **task.fixed}
     if "grad_accum_steps" not in lean:
         lean = {"micro_batch_size": 1, **lean}
-    most = usable_bytes(task.hardware)
     jobs = replace(task, fixed=lean).jobs()
-    return any(peak_memory(job).num_bytes <= most for job in jobs)
+    return any(peak_memory(job).num_bytes <= task.most_bytes for job in jobs)

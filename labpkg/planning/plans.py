@@ -24,6 +24,8 @@ from labpkg.planning.terms import Term
 
 _AXES = ("dp", "tp", "pp", "cp")
 _GIB = 2**30
+MEMORY_ERROR = 0.1
+"""Median error of predicted peaks, by models and node counts that were held out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +119,7 @@ class Plan:
             f"Memory of the fullest rank, {own.memory_bytes / _GIB:.1f} GiB of "
             f"{own.usable_bytes / _GIB:.1f}:",
             *_table(own.memory_terms, _GIB, "GiB"),
+            *_tightness(own),
             "",
             "Neighbours, that differ in one choice:",
             *(_verdict(own, other) for other in neighbours(own)),
@@ -236,6 +239,16 @@ def _table(terms: Iterable[Term], unit: float, name: str) -> list[str]:
 
 
 # explanations ------------------------------------------------------------------------
+
+
+def _tightness(own: Estimate) -> Iterator[str]:
+    share = own.memory_bytes / own.usable_bytes
+    if share > 1 - MEMORY_ERROR:
+        yield (
+            f"  Tight: {share:.0%} of what tensors can fill, and predicted peaks are "
+            f"wrong by {MEMORY_ERROR:.0%} in the median. spare_memory={MEMORY_ERROR} "
+            "leaves room."
+        )
 
 
 def _numbers(hardware: Hardware) -> Iterator[str]:

@@ -181,6 +181,18 @@ def test_sixteen_thousand_gpus_are_planned_in_seconds():
     assert len(plans) == 10
 
 
+def test_memory_is_left_free_on_request():
+    best = _plans(8, 12)[0].estimate
+    memory = best.memory_bytes / 0.95 / (best.usable_bytes / H100.memory_bytes)
+    tight = _plans(8, 12, memory)
+    roomy = _plans(8, 12, memory, spare_memory=0.2)
+    assert tight[0].configuration == best.configuration
+    assert "Tight: 95%" in tight[0].explain()
+    for p in roomy:
+        assert p.estimate.memory_bytes <= 0.8 * p.estimate.usable_bytes
+        assert "Tight:" not in p.explain()
+
+
 # ---- refusals ----------------------------------------------------------------------
 
 
@@ -196,6 +208,7 @@ def test_sixteen_thousand_gpus_are_planned_in_seconds():
         (("llama3-8b", "h100", 8, 2**22), {"num_plans": 0}, "num_plans=0"),
         (("llama3-8b", "h100", 8, 2**22), {"variants": 0}, "variants=0"),
         (("llama3-8b", "h100", 8, 2**22), {"max_cp": 0}, "max_cp=0"),
+        (("llama3-8b", "h100", 8, 2**22), {"spare_memory": 10}, "choose 0.1"),
         (("llama3-8b", "h100", 8, 2**22), {"precision": "fp8"}, "bf16, fp16, fp32"),
         (("llama3-8b", "h100", 8, 2**22), {"ep": 2}, "ep=2 cannot be fixed"),
         (("llama3-8b", "h100", 8, 2**22), {"tp": 3}, "with tp=3"),
