@@ -141,13 +141,12 @@ _GIB = 2**30
 _SHEETS = {
     "a100": "datasheet of the A100 (SXM), https://www.nvidia.com/content/dam/en-zz/"
     "Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf",
-    "h100": "datasheet of the H100, half of what it lists with sparsity, "
+    "h100": "datasheet of the H100, "
     "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet",
-    "h200": "datasheet of the H200 (SXM), half of what it lists with sparsity, "
-    "https://www.nvidia.com/en-us/data-center/h200/",
-    "b200": "datasheet of HGX B200, half of what it lists with sparsity, "
+    "h200": "datasheet of the H200, https://www.nvidia.com/en-us/data-center/h200/",
+    "b200": "datasheet of the HGX B200, "
     "https://nvdam.widen.net/s/wwnsxrhm2w/blackwell-datasheet-3384703",
-    "mi300x": "datasheet of the MI300X, without sparsity, "
+    "mi300x": "datasheet of the MI300X, "
     "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html",
 }
 _CAPACITY = "total capacity that PyTorch reports when memory runs out"
@@ -168,10 +167,11 @@ _PLAYBOOK = (
 
 
 def _sources(sheet: str, **others: str) -> dict[str, str]:
-    named = ("gpus_per_node", "memory_bytes_per_s", "peak_flops")
-    found: dict[str, str] = dict.fromkeys(named, _SHEETS[sheet])
+    own = _SHEETS[sheet]
+    found: dict[str, str] = dict.fromkeys(("gpus_per_node", "memory_bytes_per_s"), own)
     found |= dict.fromkeys(("node_latency_s", "network_latency_s"), _NCCL)
-    found["power_limited"] = f"estimate from the power in the {_SHEETS[sheet]}"
+    found["peak_flops"] = f"without sparsity (half of that with), {own}"
+    found["power_limited"] = f"estimate from the power in the {own}"
     return {**found, "memory_bytes": _CAPACITY, **others}
 
 
