@@ -1,10 +1,8 @@
 """How long one training step takes, as a sum of terms with formulas.
 
-A micro-batch on one rank costs the larger of two times: what its GPU works (matrix
-products at the rate of the hardware, everything between them at the speed of memory,
-and the collectives inside a layer), and what its host needs to launch it. The slowest
-stage sets the pace of a pipeline; the others add the bubble. Once in a step come the
-traffic of gradients and weights that nothing hides, and the optimizer.
+`labpkg.planning.pass_time` says what a micro-batch costs a rank. The slowest stage sets
+the pace of a pipeline; the others add the bubble. Once in a step come the traffic of
+gradients and weights that nothing hides, and the optimizer.
 
 The closed form of the pipeline equals `simulate` for equal stages and is an upper bound
 for unequal ones; `labpkg.planning.simulator` shows each action.
@@ -31,32 +29,35 @@ from labpkg.planning.constants import FITTED, Constants
 from labpkg.planning.hardware import Hardware
 from labpkg.planning.network import (
     GRADIENT_ITEMSIZE,
-    ITEMSIZE,
     Traffic,
     collective_s,
     held_elements,
     place_axis,
     step_traffic,
 )
+from labpkg.planning.pass_time import Work, head_work, layer_work, product_rate
 from labpkg.planning.shapes import ModelShape
 from labpkg.planning.stages import (
-    layer_elements,
     stage_shares,
     stages_per_rank,
 )
 from labpkg.planning.terms import Term, total
 
-COLLECTIVES_PER_LAYER = 10
-"""Calls of a tensor-parallel layer in a pass, with sequence parallelism."""
-
-SPLIT_BACKWARD = 1.05
-"""Work of a stage whose backward runs in two halves, as a multiple."""
-
-LOGIT_BYTES = 4
-"""Bytes of a logit in the loss, which is computed in float32."""
-
 STATE_BYTES = 12
 """Bytes of a parameter's master copy and both moments of Adam."""
+
+_SOURCES = {
+    "matrix products": "roofline; sustained_clock, attention_efficiency are fitted",
+    "activations": "activation_passes is fitted",
+    "tensor-parallel traffic": "Korthikanti et al. 2022; network_share is fitted",
+    "context-parallel traffic": "Liu et al. 2023, arXiv:2310.01889",
+    "recomputation": "Korthikanti et al. 2022",
+    "waiting for the host": "launch_s and pipeline_wait are fitted",
+    "pipeline bubble": "labpkg.simulate; Narayanan et al. 2021, arXiv:2104.04473",
+    "pipeline messages": "latency and bandwidth of the link; network_share is fitted",
+    "data-parallel traffic": "rings; overlap and network_share are fitted",
+    "optimizer": "optimizer_passes is fitted",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,43 +76,23 @@ class StepTime:
         return total(self.terms)
 
 
-class _Work(NamedTuple):
-    """Seconds that a rank spends on one micro-batch, by what it does."""
-
-    products: float = 0.0
-    weights: float = 0.0  # of the products, the gradients of weights
-    memory: float = 0.0
-    tp: float = 0.0
-    cp: float = 0.0
-    again: float = 0.0
-    host: float = 0.0  # runs beside all others
-
-    @property
-    def gpu_s(self) -> float:
-        return self.products + self.memory + self.tp + self.cp + self.again
-
-    @property
-    def seconds(self) -> float:
-        return max(self.gpu_s, self.host)
-
-
 class _Costs(NamedTuple):
     """What one layer, both ends of the model, and traffic take."""
 
-    layer: _Work
-    head: _Work
+    layer: Work
+    head: Work
     traffic: dict[tuple[str, str], float]
 
-    def of(self, num_layers: int, *, head: bool) -> _Work:
-        ends = self.head if head else _Work()
+    def of(self, num_layers: int, *, head: bool) -> Work:
+        ends = self.head if head else Work()
         pairs = zip(self.layer, ends, strict=True)
-        return _Work(*(num_layers * layer + end for layer, end in pairs))
+        return Work(*(num_layers * layer + end for layer, end in pairs))
 
 
 class _Pipeline(NamedTuple):
     """Which loads ranks have, and the slowest of them."""
 
-    slowest: _Work
+    slowest: Work
     others_s: float
     num_layers: int
 
@@ -159,8 +140,8 @@ def layer_seconds(
 def _costs(job: Configuration, hardware: Hardware, constants: Constants) -> _Costs:
     traffic = _traffic_s(job, hardware, constants, step_traffic(job))
     return _Costs(
-        _layer_work(job, hardware, constants, traffic),
-        _head_work(job, hardware, constants, traffic),
+        layer_work(job, hardware, constants, traffic),
+        head_work(job, hardware, constants, traffic),
         traffic,
     )
 
@@ -176,115 +157,6 @@ def _traffic_s(
         place = place_axis(job, axis)
         once = collective_s(op, payload, place, hardware, constants)
         seconds[axis, phase] += calls * once
-    return seconds
-
-
-def _rate(job: Configuration, hardware: Hardware, constants: Constants) -> float:
-    clock = constants.sustained_clock if hardware.power_limited else 1.0
-    return clock * hardware.matmul_fraction * hardware.peak_flops[job.precision]
-
-
-def _products_s(
-    job: Configuration,
-    hardware: Hardware,
-    constants: Constants,
-    matrices: Iterable[tuple[float, float]],
-) -> float:
-    """Return the seconds of forward through matrices (inputs, outputs) of one rank.
-
-    A product costs its FLOPs, and all of its three operands pass through memory once:
-    narrow matrices and few tokens are slower per FLOP.
-    """
-    tokens = _tokens(job)
-    multiplied = sum(k * n for k, n in matrices)
-    ends = sum(k + n for k, n in matrices)
-    operands = ITEMSIZE[job.precision] * (tokens * ends + multiplied)
-    rate = _rate(job, hardware, constants)
-    return 2 * tokens * multiplied / rate + operands / hardware.memory_bytes_per_s
-
-
-def _tokens(job: Configuration) -> float:
-    return job.micro_batch_size * job.model.sequence_length / job.cp
-
-
-def _split_factor(job: Configuration) -> float:
-    return SPLIT_BACKWARD if job.pp > 1 and job.schedule.startswith("zb") else 1.0
-
-
-def _layer_work(
-    job: Configuration,
-    hardware: Hardware,
-    constants: Constants,
-    traffic: dict[tuple[str, str], float],
-) -> _Work:
-    model, tp = job.model, job.tp
-    D, F = model.width, model.ffn_width / tp
-    keys_and_values = 2 * model.head_width * max(model.num_kv_heads / tp, 1)
-    up = [(D, F)] * (2 if model.gated_mlp else 1)
-    matrices = [(D, D / tp + keys_and_values), (D / tp, D), *up, (F, D)]
-    products = _products_s(job, hardware, constants, matrices)
-    scores = 4 * _tokens(job) * model.sequence_length * D / tp
-    scores /= constants.attention_efficiency * _rate(job, hardware, constants)
-    # Input and output of both norms and both residual sums; queries and what attention
-    # returns, keys, values; each tensor of the feed-forward part.
-    between = 4 * D / (tp if job.cuts_sequence else 1)
-    between += 2 * D / tp + keys_and_values + (len(up) + 1) * F
-    passed = constants.activation_passes * ITEMSIZE[job.precision] * between
-    memory = passed * _tokens(job) / hardware.memory_bytes_per_s
-    accumulated = _accumulation_s(job, hardware, layer_elements(model, tp=tp))
-    again = {
-        "none": 0.0,
-        "selective": scores,
-        "full": products + scores + memory / 3,
-    }
-    split = _split_factor(job)
-    return _Work(
-        products=3 * split * (products + scores),
-        weights=split * products,
-        memory=split * memory + accumulated,
-        tp=traffic["tp", "layer"],
-        cp=max(0.0, traffic["cp", "layer"] - 3 * scores),  # hidden by attention
-        again=again[job.recompute],
-        host=_host_s(job, hardware, constants),
-    )
-
-
-def _head_work(
-    job: Configuration,
-    hardware: Hardware,
-    constants: Constants,
-    traffic: dict[tuple[str, str], float],
-) -> _Work:
-    vocabulary = job.model.vocab_size / job.tp
-    matrix = (job.model.width, vocabulary)
-    products = _products_s(job, hardware, constants, [matrix])
-    logits = constants.activation_passes * LOGIT_BYTES * _tokens(job) * vocabulary
-    memory = logits / hardware.memory_bytes_per_s
-    accumulated = _accumulation_s(job, hardware, job.model.width * vocabulary)
-    split = _split_factor(job)
-    return _Work(
-        products=3 * split * products,
-        weights=split * products,
-        memory=split * memory + accumulated,
-        tp=traffic["tp", "ends"],
-    )
-
-
-def _accumulation_s(job: Configuration, hardware: Hardware, elements: float) -> float:
-    """Return the seconds to add the gradients of a micro-batch to those before."""
-    if job.zero > 1 and job.dp * job.cp > 1:
-        return 0.0  # an n-th of them, after they were sent
-    read_and_written = ITEMSIZE[job.precision] + 2 * GRADIENT_ITEMSIZE
-    return read_and_written * elements / hardware.memory_bytes_per_s
-
-
-def _host_s(job: Configuration, hardware: Hardware, constants: Constants) -> float:
-    if job.tp == 1:
-        return constants.launch_s
-    seconds = 2 * constants.launch_s
-    if job.pp > 1 and job.nodes > 1:
-        waits = constants.pipeline_wait * hardware.network_latency_s
-        seconds += COLLECTIVES_PER_LAYER * job.tp * waits
     return seconds
 
 
@@ -314,55 +186,30 @@ def _pipeline(job: Configuration, costs: _Costs) -> _Pipeline:
     return _Pipeline(slowest, all_s - slowest.seconds, num_layers)
 
 
+def _terms(rows: Iterable[tuple[str, float, str]]) -> list[Term]:
+    return [Term(*row, source=_SOURCES[row[0]]) for row in rows if row[1]]
+
+
 def _work_terms(
     job: Configuration, hardware: Hardware, constants: Constants, pipeline: _Pipeline
 ) -> list[Term]:
-    M, work, n = job.grad_accum_steps, pipeline.slowest, pipeline.num_layers
-    rate = _rate(job, hardware, constants) / 1e12
-    memory = hardware.memory_bytes_per_s / 1e12
-    passes = f"M={M} micro-batches x {n} layers"
-    found = [
-        Term(
-            "matrix products",
-            M * work.products,
-            f"{passes} (and head): 3 x 2 B T K N / {rate:.0f} TFLOP/s + operands / "
-            f"{memory:.2f} TB/s",
-            "roofline; sustained_clock and attention_efficiency are fitted",
-        ),
-        Term(
-            "activations",
-            M * work.memory,
-            f"{passes}: {constants.activation_passes:.1f} passes over tensors between "
-            f"products, and sums of gradients, at {memory:.2f} TB/s",
-            "activation_passes is fitted",
-        ),
-        Term(
-            "tensor-parallel traffic",
-            M * work.tp,
-            f"{passes}: rings of {job.tp} ranks, S = 2 B T D",
-            "Korthikanti et al. 2022",
-        ),
-        Term(
-            "context-parallel traffic",
-            M * work.cp,
-            f"{passes}: keys and values around {job.cp} ranks, less attention",
-            "Liu et al. 2023",
-        ),
-        Term(
-            "recomputation",
-            M * work.again,
-            f"{passes}: forward again, {job.recompute}",
-            "Korthikanti et al. 2022",
-        ),
-        Term(
-            "waiting for the host",
-            M * (work.seconds - work.gpu_s),
-            f"{passes}: launches take {work.host * 1e3:.1f} ms, the GPU "
-            f"{work.gpu_s * 1e3:.1f} ms",
-            "launch_s and pipeline_wait are fitted",
-        ),
-    ]
-    return [term for term in found if term.value]
+    M, work = job.grad_accum_steps, pipeline.slowest
+    rate = product_rate(job, hardware, constants) / 1e12
+    memory = f"{hardware.memory_bytes_per_s / 1e12:.2f} TB/s"
+    passes = f"{constants.activation_passes:.1f} passes between products"
+    launches = f"launches take {work.host * 1e3:.1f} ms of a micro-batch"
+    products = f"3 x 2 B T K N / {rate:.0f} TFLOP/s + operands / {memory}"
+    waits = work.seconds - work.gpu_s
+    rows = (
+        ("matrix products", work.products, products),
+        ("activations", work.memory, f"{passes}, sums of gradients, / {memory}"),
+        ("tensor-parallel traffic", work.tp, f"rings of {job.tp}, S = 2 B T D"),
+        ("context-parallel traffic", work.cp, f"K, V around {job.cp}, less attention"),
+        ("recomputation", work.again, f"forward again, {job.recompute}"),
+        ("waiting for the host", waits, f"{launches}, the GPU {work.gpu_s * 1e3:.1f}"),
+    )
+    each = f"M={M} micro-batches x {pipeline.num_layers} layers: "
+    return _terms((name, M * once, each + formula) for name, once, formula in rows)
 
 
 class _Bubble(NamedTuple):
@@ -377,7 +224,7 @@ class _Bubble(NamedTuple):
     extra: float
 
 
-def _bubble(job: Configuration, work: _Work) -> _Bubble:
+def _bubble(job: Configuration, work: Work) -> _Bubble:
     P, M, v = job.pp, job.grad_accum_steps, stages_per_rank(job)
     if job.schedule == "interleaved":
         return _Bubble(1 / v, (v - 1) / v * max(0, P - M))
@@ -397,22 +244,19 @@ def _pipeline_terms(
     if P == 1:
         return []
     fill, extra = _bubble(job, pipeline.slowest)
+    idle = fill * pipeline.others_s + extra * pipeline.slowest.seconds
     borders = M * v * (P - 1) / P + P - 1
-    return [
-        Term(
-            "pipeline bubble",
-            fill * pipeline.others_s + extra * pipeline.slowest.seconds,
-            f"{fill:.2f} x a pass of each of {P - 1} other ranks + {extra:.1f} own "
-            f"passes ({job.schedule}, P={P}, M={M}, v={v})",
-            "labpkg.simulate; Narayanan et al. 2021, arXiv:2104.04473",
-        ),
-        Term(
-            "pipeline messages",
-            borders * costs.traffic["pp", "border"],
-            f"{borders:.0f} borders, forward and backward",
-            "latency and bandwidth of the link",
-        ),
-    ]
+    waited = (
+        f"{fill:.2f} x a pass of each of {P - 1} other ranks + {extra:.1f} own passes "
+        f"({job.schedule}, P={P}, M={M}, v={v})"
+    )
+    sent = borders * costs.traffic["pp", "border"]
+    return _terms(
+        (
+            ("pipeline bubble", idle, waited),
+            ("pipeline messages", sent, f"{borders:.0f} borders, there and back"),
+        )
+    )
 
 
 def _step_terms(
@@ -432,20 +276,16 @@ def _step_terms(
     state = STATE_BYTES * held / (n if job.zero else 1)
     state += GRADIENT_ITEMSIZE * held / (n if job.zero > 1 else 1)
     state *= constants.optimizer_passes
-    found = [
-        Term(
-            "data-parallel traffic",
-            gradients + traffic["dp", "update"] + passes,
-            f"zero={job.zero} over n={n} ranks, N={held / 1e9:.3f}e9 parameters a "
-            "rank, less what backward hides",
-            "rings; overlap and network_share are fitted",
-        ),
-        Term(
-            "optimizer",
-            state / hardware.memory_bytes_per_s,
-            f"{constants.optimizer_passes:.1f} passes over {STATE_BYTES} N / n + "
-            f"{GRADIENT_ITEMSIZE} N bytes",
-            "optimizer_passes is fitted",
-        ),
-    ]
-    return [term for term in found if term.value]
+    exposed = gradients + traffic["dp", "update"] + passes
+    spread = f"zero={job.zero} over n={n} ranks, N={held / 1e9:.3f}e9 a rank"
+    bytes_each = f"{STATE_BYTES} N / n + {GRADIENT_ITEMSIZE} N bytes"
+    return _terms(
+        (
+            ("data-parallel traffic", exposed, f"{spread}, less what passes hide"),
+            (
+                "optimizer",
+                state / hardware.memory_bytes_per_s,
+                f"{constants.optimizer_passes:.1f} passes over {bytes_each}",
+            ),
+        )
+    )
