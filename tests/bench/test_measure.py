@@ -168,3 +168,13 @@ def test_load_is_read_from_the_system_or_unknown(monkeypatch, tmp_path):
     stat.write_text("cpu  100 20 30 4000 500 6 7 8 9 10\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
     monkeypatch.setattr(measure.os, "sysconf", lambda _: 100)
     assert measure._busy_s() == pytest.approx(1.71)  # not idle, not waiting for disks
+
+
+def test_the_harness_is_public_in_the_package():
+    assert (bench.alternate, bench.compare, bench.Sample) == (
+        alternate,
+        compare,
+        Sample,
+    )
+    with pytest.raises(AttributeError, match="no attribute 'no_such'"):
+        bench.no_such  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
