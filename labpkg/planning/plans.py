@@ -11,12 +11,12 @@ arXiv:2104.04473 (dividing a job over clusters).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from labpkg.planning.configuration import Configuration
 from labpkg.planning.constants import FITTED, constant_ranges
-from labpkg.planning.estimates import Estimate
+from labpkg.planning.estimates import Estimate, estimate
 from labpkg.planning.hardware import Hardware
 from labpkg.planning.layout import Layout
 from labpkg.planning.neighbours import neighbours
@@ -55,7 +55,7 @@ class Plan:
         Raises:
             ValueError: If no engine of this library can, with the reason.
         """
-        problem = next(_obstacles(self.configuration), None)
+        problem = next(_obstacles(self.estimate), None)
         if problem is not None:
             raise ValueError(problem)
         job = self.configuration
@@ -314,9 +314,9 @@ def _engines(plan: Plan) -> str:
         return f"Engines of this library cannot run it: {problem}"
 
 
-def _obstacles(job: Configuration) -> Iterator[str]:
+def _obstacles(own: Estimate) -> Iterator[str]:
     """Yield why no `Layout` runs a job: what no engine does, and what cannot be cut."""
-    model = job.model
+    job, model = own.configuration, own.configuration.model
     if job.cp > 1:
         yield (
             f"cp={job.cp} divides sequences, which no engine here does; plan with "
@@ -327,6 +327,8 @@ def _obstacles(job: Configuration) -> Iterator[str]:
             f"zero=3 slices parameters, but stages of the pipeline (pp={job.pp}) share "
             "the tied embedding; plan with zero=1, or untie the weights"
         )
+    if job.zero == 2 and job.grad_accum_steps > 1:
+        yield from _whole_gradients(own)
     for name in ("num_kv_heads", "vocab_size"):
         if getattr(model, name) % job.tp:
             yield (
@@ -337,4 +339,15 @@ def _obstacles(job: Configuration) -> Iterator[str]:
         yield (
             f"sequence_length={model.sequence_length} is not divisible by tp={job.tp}; "
             "plan with sequence_parallel=False"
+        )
+
+
+def _whole_gradients(own: Estimate) -> Iterator[str]:
+    job = own.configuration
+    whole = estimate(replace(job, zero=1), own.hardware)
+    if not whole.fits:
+        yield (
+            f"zero=2 divides gradients {job.grad_accum_steps} times a step, but "
+            "engines here add them up whole and divide once, which takes "
+            f"{whole.memory_bytes / _GIB:.1f} GiB; plan with zero=1"
         )

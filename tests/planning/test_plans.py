@@ -102,6 +102,10 @@ def test_a_plan_names_its_layout(changes, expected):
     assert layout.world_size == JOB.world_size
 
 
+def test_divided_gradients_need_room_for_whole_ones_here():
+    assert _plan(zero=2).layout().zero == 2
+
+
 def test_the_layout_has_the_schedule_that_was_estimated():
     plan = _plan(schedule="interleaved", num_virtual_stages=4)
     schedule = plan.layout().make_schedule()
@@ -114,6 +118,7 @@ def test_the_layout_has_the_schedule_that_was_estimated():
     [
         ({}, {"dp": 2, "cp": 2}, "cp=2 divides sequences, which no engine"),
         ({"tied": True}, {"zero": 3}, "zero=3 slices parameters"),
+        ({"num_layers": 120}, {"zero": 2}, "zero=2 divides gradients 16 times"),
         ({"num_kv_heads": 1}, {}, "num_kv_heads=1 is not divisible by tp=2"),
         ({"vocab_size": 50257}, {}, "vocab_size=50257 is not divisible by tp=2"),
         ({"sequence_length": 4095}, {}, "sequence_parallel=False"),
