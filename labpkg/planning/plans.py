@@ -263,7 +263,7 @@ def _numbers(hardware: Hardware) -> Iterator[str]:
 def _short(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_short(each)}" for key, each in value.items())
-    return f"{value:.4g}"
+    return str(value) if isinstance(value, bool) else f"{value:.4g}"
 
 
 def _verdict(own: Estimate, other: Estimate) -> str:

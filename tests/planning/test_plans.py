@@ -50,6 +50,7 @@ def test_an_explanation_holds_every_number():
     assert str(plan.layout()) in text
     assert all(source in text for source in H100.sources.values())
     assert all(name in text for name in constant_ranges())
+    assert "power_limited True" in text
 
 
 def test_neighbours_differ_in_one_choice():
