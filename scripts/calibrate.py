@@ -244,7 +244,7 @@ def baselines(jobs: Sequence[Job]) -> list[dict[str, Any]]:
 def _with_best_constant(values: Sequence[float]) -> list[tuple[float, float]]:
     """Return pairs of the constant of least median error, and each value.
 
-    It is the middle, on a logarithmic scale, of the shortest interval with half of them.
+    It is the middle, in logarithms, of the shortest interval that has half of them.
     """
     ordered = sorted(math.log(value) for value in values)
     half = len(ordered) // 2
@@ -265,71 +265,84 @@ def regions(
     return [{"name": name, **summary(found)} for name, found in pairs.items()]
 
 
+def _constants() -> list[dict[str, Any]]:
+    return [
+        {"name": name, "value": getattr(FITTED, name)}
+        | {"low": known.low, "high": known.high}
+        | {"unit": known.unit, "meaning": known.meaning}
+        for name, known in constant_ranges().items()
+    ]
+
+
+def _pairs(
+    jobs: Sequence[Job], constants_of: Callable[[Job], Constants]
+) -> list[dict[str, Any]]:
+    called = artefacts(jobs)
+    return [
+        {
+            "model": job.model,
+            "nodes": job.nodes,
+            "region": region_of(job.configuration),
+            "artefact": job.configuration in called,
+            "predicted": round(job.predicted(constants_of(job)), 1),
+            "measured": job.measured,
+        }
+        for job in jobs
+        if job.tok_s_gpu
+    ]
+
+
+def _scaling(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {
+            "series": job.source,
+            "gpus": job.configuration.world_size,
+            "predicted": round(job.predicted(FITTED), 1),
+            "measured": job.measured,
+        }
+        for job in scaling_jobs(folder)
+    ]
+
+
+def _speeds(jobs: Sequence[Job], constants: Constants) -> dict[str, float]:
+    return summary([(job.predicted(constants), job.measured) for job in jobs])
+
+
 def validation(folder: Path) -> dict[str, Any]:
     """Fit, hold out, and return what the file holds."""
-    jobs = [
-        *merged("playbook", playbook_runs(folder)),
-        *merged("mosaicml", mosaicml_runs(folder)),
-        *megatron_jobs(folder),
-    ]
+    playbook = merged("playbook", playbook_runs(folder))
+    mosaicml = merged("mosaicml", mosaicml_runs(folder))
+    jobs = [*playbook, *mosaicml, *megatron_jobs(folder)]
     ran = [job for job in jobs if job.tok_s_gpu]
     fitted = fit(ran)
     by_model = held_out(jobs, lambda job: job.model)
     by_nodes = held_out(jobs, lambda job: job.nodes)
     on_h100 = fit([job for job in ran if job.hardware == "h100"])
-    a100 = [job for job in ran if job.hardware != "h100"]
-    playbook = [job for job in jobs if job.source == "playbook"]
-    called = artefacts(playbook)
+    pairs = _pairs(playbook, lambda job: by_model[job.model])
     return {
         "command": "make calibrate DATA=FOLDER",
-        "constants": [
-            {"name": name, "value": getattr(FITTED, name)}
-            | {"low": known.low, "high": known.high}
-            | {"unit": known.unit, "meaning": known.meaning}
-            for name, known in constant_ranges().items()
-        ],
+        "constants": _constants(),
         "fit": {name: getattr(fitted, name) for name in NAMES}
         | {"loss": loss(ran, fitted), "loss_of_constants": loss(ran, FITTED)},
         "cross_validation": {
             "model": cross_validation(jobs, lambda job: by_model[job.model]),
             "nodes": cross_validation(jobs, lambda job: by_nodes[job.nodes]),
-            "hardware": summary([(j.predicted(on_h100), j.measured) for j in a100]),
+            "hardware": _speeds([j for j in ran if j.hardware != "h100"], on_h100),
         },
         "collections": {
-            source: summary(
-                [(j.predicted(FITTED), j.measured) for j in ran if j.source == source]
-            )
+            source: _speeds([job for job in ran if job.source == source], FITTED)
             for source in WEIGHTS
         },
-        "scaling": [
-            {
-                "series": job.source,
-                "gpus": job.configuration.world_size,
-                "predicted": round(job.predicted(FITTED), 1),
-                "measured": job.measured,
-            }
-            for job in scaling_jobs(folder)
-        ],
+        "scaling": _scaling(folder),
         "baselines": baselines(jobs),
         "artefacts": {
             "rule": RULE,
-            "rows": len(called),
-            "of": sum(job.tok_s_gpu is not None for job in playbook),
+            "rows": sum(pair["artefact"] for pair in pairs),
+            "of": len(pairs),
         },
         "regions": regions(jobs, lambda job: by_model[job.model]),
         "memory": memory_validation(folder),
-        "pairs": [
-            {
-                "model": job.model,
-                "nodes": job.nodes,
-                "region": region_of(job.configuration),
-                "artefact": job.configuration in called,
-                "predicted": round(job.predicted(by_model[job.model]), 1),
-                "measured": job.measured,
-            }
-            for job in playbook
-            if job.tok_s_gpu
-        ],
+        "pairs": pairs,
     }
 
 

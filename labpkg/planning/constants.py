@@ -47,7 +47,7 @@ class Constants:
 
     # Time
     sustained_clock: float = _fitted(
-        0.79,
+        0.8,
         "rate of matrix products that power-limited GPUs keep in long runs, as a share "
         "of their best large product; the others keep all of it",
         "1",
@@ -103,11 +103,11 @@ class Constants:
         20.0,
     )
     network_share: float = _fitted(
-        0.8,
-        "bandwidth between nodes that a ring reaches in training, as a share of what "
-        "a benchmark of large messages reaches",
+        0.42,
+        "bandwidth between nodes that the reduce-scatters and all-gathers of ZeRO "
+        "reach, as a share of what one of large messages reaches alone",
         "1",
-        0.3,
+        0.2,
         1.0,
     )
 

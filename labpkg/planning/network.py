@@ -22,7 +22,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from labpkg.planning.configuration import Configuration
-from labpkg.planning.constants import FITTED, Constants
 from labpkg.planning.cost import wire_bytes
 from labpkg.planning.hardware import Hardware
 from labpkg.planning.shapes import ModelShape
@@ -105,22 +104,22 @@ def collective_s(
     payload_bytes: float,
     place: AxisPlace,
     hardware: Hardware,
-    constants: Constants = FITTED,
+    *,
+    share: float = 1.0,
 ) -> float:
     """Return the seconds of one collective over the ranks of an axis.
 
     A ring takes n - 1 rounds, each with the latency of its slowest link, and sends
-    `wire_bytes` at the bus bandwidth. All groups of the axis run at once: of what a
-    node sends, a group gets the share of its GPUs, and of that what rings reach beside
-    other traffic (`constants.network_share`). Libraries run an all_reduce as trees or
-    as two rings that overlap: measured ones pay half the latency of a ring.
+    `wire_bytes` at the bus bandwidth. All groups of the axis run at once, so of what a
+    node sends a group gets the share of its GPUs. Libraries run an all_reduce as trees
+    or as two rings that overlap: measured ones pay half the latency of a ring.
 
     Args:
         op: As in `wire_bytes`; a `send` is one message.
         payload_bytes: S.
         place: Of the axis.
         hardware: The machine.
-        constants: The fitted numbers.
+        share: What it reaches of the bandwidth between nodes.
 
     Returns:
         Seconds, 0 for one rank.
@@ -131,19 +130,14 @@ def collective_s(
     n = place.n
     if n == 1:
         return 0.0
-    latency, rate = _link(place, hardware, constants)
+    if place.nodes == 1:
+        latency, rate = hardware.node_latency_s, hardware.node_bytes_per_s
+    else:
+        share *= place.per_node / place.gpus_per_node
+        rate = share * hardware.network_rate(place.nodes)
+        latency, rate = hardware.network_latency_s, min(rate, hardware.node_bytes_per_s)
     rounds = {"send": 1, "all_reduce": (n - 1) / 2}.get(op, n - 1)
     return rounds * latency + wire_bytes(op, payload_bytes, n) / rate
-
-
-def _link(
-    place: AxisPlace, hardware: Hardware, constants: Constants
-) -> tuple[float, float]:
-    if place.nodes == 1:
-        return hardware.node_latency_s, hardware.node_bytes_per_s
-    share = constants.network_share * place.per_node / place.gpus_per_node
-    rate = share * hardware.network_rate(place.nodes)
-    return hardware.network_latency_s, min(rate, hardware.node_bytes_per_s)
 
 
 def step_traffic(configuration: Configuration) -> tuple[Traffic, ...]:

@@ -49,12 +49,12 @@ STATE_BYTES = 12
 _SOURCES = {
     "matrix products": "roofline; sustained_clock, attention_efficiency are fitted",
     "activations": "activation_passes is fitted",
-    "tensor-parallel traffic": "Korthikanti et al. 2022; network_share is fitted",
+    "tensor-parallel traffic": "rings; Korthikanti et al. 2022",
     "context-parallel traffic": "Liu et al. 2023, arXiv:2310.01889",
     "recomputation": "Korthikanti et al. 2022",
     "waiting for the host": "launch_s and pipeline_wait are fitted",
     "pipeline bubble": "labpkg.simulate; Narayanan et al. 2021, arXiv:2104.04473",
-    "pipeline messages": "latency and bandwidth of the link; network_share is fitted",
+    "pipeline messages": "latency and bandwidth of the link",
     "data-parallel traffic": "rings; overlap and network_share are fitted",
     "optimizer": "optimizer_passes is fitted",
 }
@@ -155,7 +155,9 @@ def _traffic_s(
     seconds: dict[tuple[str, str], float] = defaultdict(float)
     for axis, phase, op, payload, calls in sent:
         place = place_axis(job, axis)
-        once = collective_s(op, payload, place, hardware, constants)
+        scattered = axis == "dp" and op != "all_reduce"
+        share = constants.network_share if scattered else 1.0
+        once = collective_s(op, payload, place, hardware, share=share)
         seconds[axis, phase] += calls * once
     return seconds
 

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labpkg.planning.configuration import Configuration
-from labpkg.planning.constants import FITTED
 from labpkg.planning.hardware import HARDWARE
 from labpkg.planning.model_parallel import tensor_parallel_bytes
 from labpkg.planning.network import (
@@ -21,7 +20,6 @@ from labpkg.planning.network import (
 from labpkg.planning.shapes import ModelShape
 
 H100 = HARDWARE["h100"]
-WHOLE = replace(FITTED, network_share=1.0)
 GPT = ModelShape(
     num_layers=4,
     width=64,
@@ -68,9 +66,9 @@ def test_a_ring_that_leaves_the_node_pays_its_latency_and_its_share_of_the_cards
     assert math.isclose(collective_s("all_gather", 1e9, inside, H100), rounds + sent)
     rate = H100.network_rate(2)
     expected = 15 * H100.network_latency_s + 15 / 16 * 1e9 / rate
-    assert math.isclose(collective_s("all_gather", 1e9, whole, H100, WHOLE), expected)
+    assert math.isclose(collective_s("all_gather", 1e9, whole, H100), expected)
     expected = H100.network_latency_s + 1 / 2 * 1e9 / (rate / 8)
-    assert math.isclose(collective_s("all_gather", 1e9, eighth, H100, WHOLE), expected)
+    assert math.isclose(collective_s("all_gather", 1e9, eighth, H100), expected)
 
 
 # All-gather and reduce-scatter of 256 MB, GB/s of the bus, over nodes with 8 H100
@@ -81,7 +79,7 @@ MEASURED = {2: 184.61, 4: 118.97, 8: 69.0, 16: 54.97, 32: 27.97, 64: 11.04}
 @pytest.mark.parametrize("nodes", MEASURED)
 def test_latency_explains_how_published_bandwidths_fall_over_nodes(nodes):
     n = 8 * nodes
-    seconds = collective_s("all_gather", 256e6, AxisPlace(n, 8, nodes, 8), H100, WHOLE)
+    seconds = collective_s("all_gather", 256e6, AxisPlace(n, 8, nodes, 8), H100)
     bus = (n - 1) / n * 256e6 / seconds / 1e9
     assert 0.7 < bus / MEASURED[nodes] < 1.4
 
@@ -101,6 +99,7 @@ def test_more_bytes_and_more_neighbours_never_take_less(op, payload, nodes, halv
     assert collective_s(op, 2 * payload, place, H100) >= seconds
     wider = place._replace(n=2 * place.n, nodes=2 * nodes)
     assert collective_s(op, payload, wider, H100) >= seconds
+    assert collective_s(op, payload, place, H100, share=0.5) >= seconds
     crowded = place._replace(gpus_per_node=16)
     assert collective_s(op, payload, crowded, H100) >= seconds
 

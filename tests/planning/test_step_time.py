@@ -206,8 +206,9 @@ def test_zero_divides_the_optimizer_and_sends_what_it_divides():
     step = [term(found, "optimizer") for found in jobs]
     assert step[0] > step[1] > step[2] == step[3]
     traffic = [term(found, "data-parallel traffic") for found in jobs]
-    assert min(traffic[:3]) > 0
-    assert traffic[3] < traffic[2]  # hidden, layer by layer
+    assert min(traffic) > 0
+    # Layer by layer it hides behind passes that are long enough.
+    assert term(replace(jobs[3], micro_batch_size=8), "data-parallel traffic") == 0
 
 
 def test_overlap_hides_gradients_behind_the_last_backward_only():
