@@ -11,8 +11,8 @@ Rules, stated before any fit:
   A run without numbers counts as one that did not fit, whatever it died of.
 - Held out are one model, or one number of nodes, of the playbook at a time.
 
-A peak is linear in the three other constants for each rank of a pipeline, and the
-fullest rank decides: so a fit is a search over sums and maxima of fixed columns.
+What a rank holds at one moment is linear in the three other constants, and the fullest
+moment of the fullest rank decides: a fit searches over maxima of fixed columns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 from labpkg.planning.configuration import Configuration
 from labpkg.planning.constants import Constants, constant_ranges
 from labpkg.planning.hardware import HARDWARE
-from labpkg.planning.memory import rank_memory
+from labpkg.planning.memory import rank_moments
 from scripts.published_runs import (
     Run,
     data_folder,
@@ -55,7 +55,7 @@ Values = Sequence[float] | np.ndarray
 
 
 class Table:
-    """Runs with, for each rank of their pipelines, the columns of a linear peak.
+    """Runs with, for each rank of their pipelines and moment, columns of a linear sum.
 
     Args:
         runs: Runs whose job is one.
@@ -79,19 +79,27 @@ class Table:
 
 
 def _columns(c: Configuration) -> list[list[float]]:
-    """For each rank what is fixed, and what one more of each constant adds."""
+    """For each moment of a rank what is fixed, and what a unit of each constant adds.
+
+    Linear because a moment, unlike a peak, is no maximum.
+    """
     low = {name: constant_ranges()[name].low for name in NAMES}
     high = {name: constant_ranges()[name].high for name in NAMES}
     base = replace(Constants(), **low)
+
+    def moments(rank: int, constants: Constants) -> np.ndarray:
+        return np.array([m.num_bytes for m in rank_moments(c, rank, constants)])
+
     rows = []
     for rank in range(c.pp):
-        bottom = rank_memory(c, rank, base).num_bytes
-        slopes = []
-        for name in NAMES:
-            top = rank_memory(c, rank, replace(base, **{name: high[name]})).num_bytes
-            slopes.append((top - bottom) / (high[name] - low[name]))
+        bottom = moments(rank, base)
+        slopes = [
+            (moments(rank, replace(base, **{name: high[name]})) - bottom)
+            / (high[name] - low[name])
+            for name in NAMES
+        ]
         fixed = bottom - sum(low[n] * s for n, s in zip(NAMES, slopes, strict=True))
-        rows.append([fixed, *slopes])
+        rows += np.stack([fixed, *slopes], axis=1).tolist()
     return rows
 
 

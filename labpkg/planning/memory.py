@@ -4,9 +4,9 @@ Contract: bytes of tensors that are allocated at the same time, as
 `torch.cuda.max_memory_allocated` reports them; 1 GiB is 2^30 bytes. What is arithmetic
 is exact and has no fitted number: elements of a stage, bytes of their state
 (`state_bytes`), numbers that a layer keeps (`layer_activation_bytes`), micro-batches
-that a schedule keeps (`in_flight`). `Constants` adds what kernels and the allocator
-cost beyond that. Mixed precision keeps half weights, float32 gradients, and a float32
-copy and two moments for AdamW: 18 bytes for each parameter.
+that a schedule keeps (`stages.in_flight`). `Constants` adds what kernels and the
+allocator cost beyond that. Mixed precision keeps half weights, float32 gradients, and
+a float32 copy and two moments for AdamW: 18 bytes for each parameter.
 
 Letters: B micro-batch, T sequence, D width, F feed-forward, N heads, H head width, L
 layers, V vocabulary, P ranks of the pipeline, M micro-batches. Standard library only.
@@ -27,16 +27,18 @@ from labpkg.planning.constants import FITTED, Constants
 from labpkg.planning.hardware import Hardware
 from labpkg.planning.stages import (
     StageShare,
+    in_flight,
     layer_elements,
     stage_elements,
     stage_shares,
     stages_of_rank,
     stages_per_rank,
+    waiting,
 )
 from labpkg.planning.terms import Term
 
 _FULL = 4  # bytes of float32
-_WHOLE_UNITS = {2: 1, 3: 3}  # gradients of one; weights of this and the next one, too
+_WHOLE_UNITS = {2: "gradients of a unit", 3: "weights of two units, gradients of one"}
 
 
 class StateBytes(NamedTuple):
@@ -87,8 +89,10 @@ def peak_memory(
     Returns:
         The terms of that GPU.
     """
-    ranks = _candidates(configuration)
-    parts = {rank: _parts(configuration, rank, constants) for rank in ranks}
+    parts = {
+        rank: max(_moments(configuration, rank, constants), key=sum)
+        for rank in sorted(_candidates(configuration, constants))
+    }
     worst = max(parts, key=lambda rank: sum(parts[rank]))
     return PeakMemory(worst, _terms(configuration, worst, parts[worst]))
 
@@ -166,46 +170,6 @@ def layer_activation_bytes(configuration: Configuration) -> float:
     return _kept_by_layer(c)
 
 
-def in_flight(configuration: Configuration, rank: int) -> tuple[int, ...]:
-    """Return how many micro-batches a rank keeps at its peak, for each of its stages.
-
-    1F1B keeps min(P - r, M), GPipe all M. The sums are those of
-    `Schedule.peak_in_flight`, but cost nothing for any M.
-
-    Args:
-        configuration: Says the schedule, P and M = `grad_accum_steps`.
-        rank: r, on the axis pp.
-
-    Returns:
-        A number for each stage of the rank, in order of forward.
-    """
-    P, M = configuration.pp, configuration.grad_accum_steps
-    schedule = configuration.schedule
-    if P == 1:
-        return (1,)
-    if schedule == "gpipe":
-        return (M,)
-    if schedule == "zb-h1":
-        return (min(P, M),)
-    if schedule == "zb-v":
-        return min(M, 2 * P - 1 - rank), min(M, rank + 1)
-    v = stages_per_rank(configuration)
-    return (min(P - rank, M),) if v == 1 else _in_flight_interleaved(P, M, v, rank)
-
-
-def _in_flight_interleaved(P: int, M: int, v: int, rank: int) -> tuple[int, ...]:
-    """Fill the stages of a rank group by group, as its warm-up does."""
-    group = -(-M // max(1, M // P))
-    left = min(v * M, (v - 1) * group + 2 * (P - 1 - rank) + 1)
-    counts = [0] * v
-    while left:
-        for stage in range(v):
-            taken = min(group, left)
-            counts[stage] += taken
-            left -= taken
-    return tuple(counts)
-
-
 def rank_memory(
     configuration: Configuration, rank: int, constants: Constants = FITTED
 ) -> PeakMemory:
@@ -222,13 +186,40 @@ def rank_memory(
     Raises:
         ValueError: If the pipeline has no such rank.
     """
+    return max(
+        rank_moments(configuration, rank, constants),
+        key=lambda memory: memory.num_bytes,
+    )
+
+
+def rank_moments(
+    configuration: Configuration, rank: int, constants: Constants = FITTED
+) -> tuple[PeakMemory, ...]:
+    """Return what a rank holds at the moments one of which is its peak.
+
+    With all activations kept it is fullest at the loss. When a layer is computed
+    again, the logits of that micro-batch are gone.
+
+    Args:
+        configuration: The job.
+        rank: On the axis pp.
+        constants: The fitted numbers.
+
+    Returns:
+        The memory at the loss, and while the last layer is computed again.
+
+    Raises:
+        ValueError: If the pipeline has no such rank.
+    """
     if not 0 <= rank < configuration.pp:
         raise ValueError(
             f"rank={rank} is not in a pipeline of pp={configuration.pp}; choose 0 to "
             f"{configuration.pp - 1}"
         )
-    parts = _parts(configuration, rank, constants)
-    return PeakMemory(rank, _terms(configuration, rank, parts))
+    return tuple(
+        PeakMemory(rank, _terms(configuration, rank, parts))
+        for parts in _moments(configuration, rank, constants)
+    )
 
 
 class _Parts(NamedTuple):
@@ -256,23 +247,41 @@ _SOURCES = (
 )
 
 
-def _parts(c: Configuration, rank: int, constants: Constants) -> _Parts:
+def _moments(c: Configuration, rank: int, constants: Constants) -> tuple[_Parts, ...]:
+    """At the loss, and while the last layer is computed again."""
     shares, counts = _shares(c, rank), in_flight(c, rank)
     elements = sum(stage_elements(share, c.model, tp=c.tp) for share in shares)
-    kept = sum(n * share.num_layers for n, share in zip(counts, shares, strict=True))
     heads = sum(n for n, share in zip(counts, shares, strict=True) if share.head)
-    layer = _kept_by_layer(c) * constants.activation_copies
-    layer += _kept_gathered(c) * constants.gathered_inputs
-    recomputes = c.recompute == "full"
-    return _Parts(
+    copy = _FULL * _tokens(c) * c.model.vocab_size / c.tp
+    kept, again = _activations(c, rank, constants)
+    # One copy stays for each micro-batch in flight; only one of them has the others.
+    waiting = copy * max(heads - 1, 0)
+    loss = _Parts(
         *state_bytes(elements, precision=c.precision, zero=_zero(c), n=c.dp * c.cp),
         buckets=_buckets(c, elements),
-        activations=kept * (layer_activation_bytes(c) if recomputes else layer)
-        + heads * _kept_by_head(c),
-        recomputed=layer if recomputes and kept else 0.0,
-        logits=_logits(c, heads, constants),
-        gathered=_gathered(c, shares),
+        activations=kept + heads * _kept_by_head(c),
+        recomputed=0.0,
+        logits=waiting + (copy * constants.logit_copies if heads else 0.0),
+        gathered=_gathered(c, shares, elements),
     )
+    return loss, loss._replace(recomputed=again, logits=waiting)
+
+
+def _activations(
+    c: Configuration, rank: int, constants: Constants
+) -> tuple[float, float]:
+    """What layers keep, and what the last one adds while it is computed again."""
+    layers = [share.num_layers for share in _shares(c, rank)]
+    kept = sum(n * L for n, L in zip(in_flight(c, rank), layers, strict=True))
+    whole = _kept_by_layer(c) * constants.activation_copies
+    whole += _kept_gathered(c) * constants.gathered_inputs
+    if c.recompute != "full":
+        return kept * whole, 0.0
+    inputs = layer_activation_bytes(c)
+    if c.pp == 1 or not c.schedule.startswith("zb"):
+        return kept * inputs, whole - inputs if kept else 0.0
+    again = sum(n * L for n, L in zip(waiting(c, rank), layers, strict=True))
+    return kept * inputs + again * (whole - inputs), 0.0
 
 
 def _buckets(c: Configuration, elements: int) -> float:
@@ -281,22 +290,15 @@ def _buckets(c: Configuration, elements: int) -> float:
     return 2.0 * elements if has_buckets else 0.0
 
 
-def _logits(c: Configuration, micro_batches: int, constants: Constants) -> float:
-    """One float32 copy for each micro-batch in flight, the others for one at a time."""
-    if not micro_batches:
-        return 0.0
-    copy = _FULL * _tokens(c) * c.model.vocab_size / c.tp
-    return copy * (micro_batches - 1 + constants.logit_copies)
-
-
-def _gathered(c: Configuration, shares: Sequence[StageShare]) -> float:
+def _gathered(c: Configuration, shares: Sequence[StageShare], elements: int) -> float:
     """What is whole for a moment: gradients of a unit, at stage 3 weights of two."""
     if _zero(c) < 2:
         return 0.0
     unit = layer_elements(c.model, tp=c.tp)
     if any(share.embedding or share.head for share in shares):
-        unit = max(unit, c.model.vocab_size * c.model.width // c.tp)
-    return unit * _itemsize(c) * _WHOLE_UNITS[_zero(c)]
+        unit = max(unit, -(-c.model.vocab_size // c.tp) * c.model.width)
+    weights = min(2 * unit, elements) if _zero(c) == 3 else 0
+    return (weights + min(unit, elements)) * _itemsize(c)
 
 
 def _kept_by_layer(c: Configuration) -> float:
@@ -342,24 +344,20 @@ def _shares(c: Configuration, rank: int) -> list[StageShare]:
     return [shares[stage] for stage in stages_of_rank(c, rank)]
 
 
-def _candidates(c: Configuration) -> list[int]:
+def _candidates(c: Configuration, constants: Constants) -> set[int]:
     """The ranks of which one is the fullest."""
     ranks = range(c.pp)
     shares = [_shares(c, rank) for rank in ranks]
     found = {0} | {r for r in ranks if any(share.head for share in shares[r])}
-    if stages_per_rank(c) > 1:
-        sizes = [
-            (
-                sum(
-                    n * s.num_layers for n, s in zip(in_flight(c, r), own, strict=True)
-                ),
-                sum(s.num_layers for s in own),
-            )
-            for r, own in enumerate(shares)
-        ]
-        found.add(max(ranks, key=lambda r: sizes[r]))
-        found.add(max(ranks, key=lambda r: sizes[r][::-1]))
-    return sorted(found)
+    if stages_per_rank(c) > 1 or c.schedule == "zb-h1":
+        # Of ranks with as many layers the one that keeps most; state is alike.
+        best: dict[int, tuple[float, int]] = {}
+        for rank, own in enumerate(shares):
+            layers = sum(share.num_layers for share in own)
+            kept = sum(_activations(c, rank, constants)), -rank
+            best[layers] = max(best.get(layers, kept), kept)
+        found |= {-rank for _, rank in best.values()}
+    return found
 
 
 def _terms(c: Configuration, rank: int, parts: _Parts) -> tuple[Term, ...]:
@@ -376,9 +374,9 @@ def _terms(c: Configuration, rank: int, parts: _Parts) -> tuple[Term, ...]:
         f"{per.optimizer:.0f} x {elements} elements" + n * (zero >= 1),
         f"2 x {elements} elements",
         f"{layers} layers x {times} micro-batches of {tokens}, recompute={c.recompute}",
-        f"one layer, whole, of {tokens}",
+        f"one layer of {tokens}, beyond its input",
         f"float32 V/tp = {c.model.vocab_size / c.tp:.0f}, {tokens}",
-        f"whole for a moment: {_WHOLE_UNITS.get(zero, 0)} of the largest unit",
+        f"whole for a moment: {_WHOLE_UNITS.get(zero)}",
     )
     return tuple(
         Term(name, value, formula, source)

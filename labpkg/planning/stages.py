@@ -1,4 +1,4 @@
-"""Which layers each stage of a pipeline holds, and how many numbers these are.
+"""Which layers each stage holds, how many numbers, and of how many micro-batches.
 
 Time and memory of a pipeline are those of its fullest stage, so both need the same
 answer. A stage is consecutive units of the model: the token embedding, L layers, the
@@ -68,6 +68,65 @@ def stages_of_rank(configuration: Configuration, rank: int) -> tuple[int, ...]:
     if v == 2 and configuration.schedule == "zb-v":
         return rank, 2 * P - 1 - rank
     return tuple(range(rank, v * P, P))
+
+
+def in_flight(configuration: Configuration, rank: int) -> tuple[int, ...]:
+    """Return how many micro-batches a rank keeps at its peak, for each of its stages.
+
+    1F1B keeps min(P - r, M), GPipe all M. The sums are those of
+    `Schedule.peak_in_flight`, but cost nothing for any M.
+
+    Args:
+        configuration: Says the schedule, P and M = `grad_accum_steps`.
+        rank: r, on the axis pp.
+
+    Returns:
+        A number for each stage of the rank, in order of forward.
+    """
+    P, M = configuration.pp, configuration.grad_accum_steps
+    schedule = configuration.schedule
+    if P == 1:
+        return (1,)
+    if schedule == "gpipe":
+        return (M,)
+    if schedule == "zb-h1":
+        return (min(P, M),)
+    if schedule == "zb-v":
+        return min(M, 2 * P - 1 - rank), min(M, rank + 1)
+    v = stages_per_rank(configuration)
+    return (min(P - rank, M),) if v == 1 else _in_flight_interleaved(P, M, v, rank)
+
+
+def _in_flight_interleaved(P: int, M: int, v: int, rank: int) -> tuple[int, ...]:
+    """Fill the stages of a rank group by group, as its warm-up does."""
+    group = -(-M // max(1, M // P))
+    left = min(v * M, (v - 1) * group + 2 * (P - 1 - rank) + 1)
+    counts = [0] * v
+    while left:
+        for stage in range(v):
+            taken = min(group, left)
+            counts[stage] += taken
+            left -= taken
+    return tuple(counts)
+
+
+def waiting(configuration: Configuration, rank: int) -> tuple[int, ...]:
+    """Return for how many micro-batches of a split backward I is done and W is not.
+
+    What I has computed again stays until W, so that recomputation saves little on late
+    ranks: all of a stage is there, not one layer.
+
+    Args:
+        configuration: Its schedule is zb-h1 or zb-v.
+        rank: r, on the axis pp.
+
+    Returns:
+        The most at once, for each stage of the rank, in order of forward; for zb-v
+        with M < 2 P - 1 a bound from above.
+    """
+    M = configuration.grad_accum_steps
+    most = min(M, rank + 1)
+    return (most, min(M, rank)) if configuration.schedule == "zb-v" else (most,)
 
 
 @lru_cache(maxsize=4096)

@@ -13,16 +13,21 @@ from labpkg.planning.cost import activation_bytes
 from labpkg.planning.hardware import find_hardware
 from labpkg.planning.layout import SCHEDULES
 from labpkg.planning.memory import (
-    in_flight,
     layer_activation_bytes,
     peak_memory,
     rank_memory,
+    rank_moments,
     state_bytes,
     usable_bytes,
 )
 from labpkg.planning.models import find_model
 from labpkg.planning.shapes import ModelShape
-from labpkg.planning.stages import stages_per_rank
+from labpkg.planning.stages import (
+    in_flight,
+    layer_elements,
+    stages_per_rank,
+    waiting,
+)
 from scripts.published_runs import VARIABLE, data_folder, mosaicml_runs, playbook_runs
 
 EXACT = Constants(activation_copies=1.0, gathered_inputs=0.0, logit_copies=1.0)
@@ -65,6 +70,20 @@ def test_micro_batches_in_flight_are_those_of_the_schedule(schedule):
                 assert all(len(counts) == stages_per_rank(c) for counts in held)
                 measured = SCHEDULES[schedule](P, M, v).peak_in_flight
                 assert [sum(counts) for counts in held] == measured, (P, M, v)
+
+
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-v"])
+def test_what_waits_for_w_is_what_the_schedule_leaves(schedule):
+    for P in (2, 3, 4, 6):
+        for M in (1, 2, 3, 5, 8, 12, 24):
+            c = job(pp=P, grad_accum_steps=M, schedule=schedule)
+            for rank, actions in enumerate(SCHEDULES[schedule](P, M, 1).ranks):
+                change = {"F": 0, "I": 1, "W": -1}
+                steps = np.cumsum([change[action.kind] for action in actions])
+                found = sum(waiting(c, rank))
+                assert found >= steps.max(), (P, M, rank)
+                if schedule == "zb-h1" or M >= 2 * P - 1:
+                    assert found == steps.max(), (P, M, rank)
 
 
 @given(
@@ -158,13 +177,49 @@ def test_dividing_more_never_needs_more(model, division):
     c = job(model, **division)
     peak = peak_memory(c).num_bytes
     assume(c.recompute == "none")
-    assert peak_memory(replace(c, recompute="full")).num_bytes <= peak * 1.05
+    almost = peak * (1 + 1e-9)
+    assert peak_memory(replace(c, recompute="full")).num_bytes <= almost
     assert peak_memory(replace(c, micro_batch_size=8)).num_bytes > peak
-    if c.zero == 0:
-        # Two units are gathered whole, which a toy hardly notices.
-        assert peak_memory(replace(c, zero=1)).num_bytes <= peak
+    if c.precision != "fp32":  # whose slices lie beside what is whole for a moment
+        more = replace(c, zero=min(c.zero + 1, 3))
+        assert peak_memory(more).num_bytes <= almost
+    if c.tp < 4:
+        more = job(model, **division | {"tp": 2 * c.tp})
+        assert peak_memory(more).num_bytes <= almost
     twice = dict(division, cp=2 * c.cp)
     assert peak_memory(job(model, **twice)).num_bytes < peak * (1 + 1e-9) or c.dp == 1
+
+
+def test_logits_are_gone_while_a_layer_is_computed_again():
+    none = job(micro_batch_size=2)
+    full = replace(none, recompute="full")
+    loss, again = rank_moments(full, 0, EXACT)
+    layer, own = (layer_activation_bytes(c) for c in (none, full))
+    logits = 4 * 2 * GPT.sequence_length * GPT.vocab_size
+    assert loss.num_bytes - again.num_bytes == logits - (layer - own)
+    assert rank_memory(full, 0, EXACT) == max(loss, again, key=lambda m: m.num_bytes)
+    assert term(again, "logits") == term(loss, "recomputed layer") == 0
+    # The other micro-batches of GPipe keep theirs.
+    many = job(recompute="full", grad_accum_steps=3, pp=2, schedule="gpipe")
+    assert term(rank_moments(many, 1, EXACT)[1], "logits") == logits
+
+
+def test_recomputation_saves_nothing_where_w_waits_for_all():
+    def kept(rank, **how):
+        c = job(pp=4, grad_accum_steps=8, schedule="zb-h1", **how)
+        return term(rank_moments(c, rank)[0], "activations")
+
+    assert kept(3, recompute="full") == pytest.approx(kept(3))
+    assert kept(0, recompute="full") < 0.4 * kept(0)
+
+
+def test_no_more_is_gathered_than_there_is():
+    # A single layer has no next one whose weights come early.
+    deep = job(replace(GPT, num_layers=4), pp=4, dp=2, zero=3)
+    memory = rank_memory(deep, 1)
+    own = term(memory, "weights")  # float32 of a half: as much as half weights of all
+    layer = layer_elements(deep.model)
+    assert term(memory, "gathered layers") == own + 2 * layer
 
 
 def test_one_rank_alone_divides_nothing():
