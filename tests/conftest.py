@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import sys
 from pathlib import Path
 
 import cloudpickle
@@ -88,3 +89,25 @@ def world2():
 def world4():
     with lab.World(4, device="cpu") as world:
         yield world
+
+
+@pytest.fixture(scope="session")
+def fake_world():
+    """Return `play(rank, world_size, fn, *args)`: fn on one rank, without the others.
+
+    Collectives return at once, with tensors of the right sizes that mean nothing.
+    """
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with lab.World(1, device="cpu") as world:
+        yield lambda *args: world.run(as_rank, *args)[0]
+
+
+def as_rank(rank, world_size, fn, *args):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if torch.distributed.is_initialized():  # the real group, or that of another play
+        torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group(
+        "fake", rank=rank, world_size=world_size, store=FakeStore()
+    )
+    return fn(*args)

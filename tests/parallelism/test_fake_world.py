@@ -1,13 +1,11 @@
 """A world of 1024 ranks in one process: its collectives return at once, unmeaningly.
 
 Bytes are exact all the same, so they are held against the formula, and against what
-torch's FSDP2 sends. The tests share a process of their own, which only plays rank 0.
-A pipeline cannot be played: its ranks tell each other the shapes that they will send.
+torch's FSDP2 sends. A pipeline cannot be played: its ranks tell each other the shapes
+that they will send.
 """
 
 import math
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -43,25 +41,14 @@ class TorchBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def as_rank_0(play, axes, config, *args):
-    """Start the fake world and play on the last of the axes with a GPT."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.set_num_threads(1)  # beside other workers
-    torch.distributed.init_process_group(
-        "fake", rank=0, world_size=N, store=FakeStore()
-    )
-    torch.manual_seed(0)
-    found = play(lab.make_mesh(**axes)[list(axes)[-1]], lab.GPT(config), *args)
-    torch.distributed.destroy_process_group()
-    return found
+@pytest.fixture
+def as_rank_0(fake_world):
+    """Return a function that plays on the last of the axes with a GPT."""
+    return lambda *args: fake_world(0, N, played, *args)
 
 
-@pytest.fixture(scope="module")
-def fake_world():
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        yield lambda *args: pool.submit(as_rank_0, *args).result()
+def played(play, axes, config, *args):
+    return play(lab.make_mesh(**axes)[list(axes)[-1]], lab.GPT(config), *args)
 
 
 def take_step(model, optimizer):
@@ -89,8 +76,8 @@ def own_engine(mesh, model, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_step_moves_the_bytes_of_the_formula(fake_world, stage):
-    found, formula = fake_world(own_engine, {"dp": N}, LARGE, stage)
+def test_a_step_moves_the_bytes_of_the_formula(as_rank_0, stage):
+    found, formula = as_rank_0(own_engine, {"dp": N}, LARGE, stage)
     assert found == formula
 
 
@@ -111,10 +98,10 @@ def tensor_parallel(mesh, model, sequence_parallel):
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_32_ranks_that_cut_layers_move_the_bytes_of_the_formula(
-    fake_world, sequence_parallel
+    as_rank_0, sequence_parallel
 ):
     axes = {"dp": N // 32, "tp": 32}
-    found, formula = fake_world(tensor_parallel, axes, HEADS, sequence_parallel)
+    found, formula = as_rank_0(tensor_parallel, axes, HEADS, sequence_parallel)
     assert found == formula
 
 
@@ -135,9 +122,9 @@ def padded_rows(parameter: nn.Parameter) -> int:
     return rows * parameter[0].numel() * parameter.element_size()
 
 
-def test_fsdp2_moves_twice_as_many(fake_world):
+def test_fsdp2_moves_twice_as_many(as_rank_0):
     """It gives each rank whole rows of each weight, so 384 rows are sent as 1024."""
-    found = fake_world(fsdp2, {"dp": N}, LARGE)
+    found = as_rank_0(fsdp2, {"dp": N}, LARGE)
     model = lab.GPT(LARGE)
     padded = sum(map(padded_rows, model.parameters()))
     assert found == {FSDP2["all_gather"]: 2 * padded, FSDP2["reduce_scatter"]: padded}

@@ -115,8 +115,7 @@ def test_stages_have_the_predicted_parameters(
         vocab_size=vocab_size,
         tied=tied,
     )
-    with torch.device("meta"):
-        model = lab.GPT(config)
+    model = lab.GPT(config)
     assert config.shape.num_parameters == sum(p.numel() for p in model.parameters())
     num_stages = data.draw(st.integers(1, num_layers + 2))
     for stage in split_stages(model, num_stages):
@@ -147,6 +146,17 @@ IDS = [f"{n} ranks {layout_of(REAL[n][i])}" for n, i in CASES]
 MESHES = {}  # of a rank; their groups take as long as a step
 
 
+def sizes_of(job):
+    return {"pp": job.pp, "dp": job.dp, "tp": job.tp}
+
+
+def mesh_of(job):
+    sizes = sizes_of(job)
+    if str(sizes) not in MESHES:
+        MESHES[str(sizes)] = lab.make_mesh(**sizes)
+    return MESHES[str(sizes)]
+
+
 def measured(jobs):
     """Train each job for two steps; return what the second one held and sent."""
     return [measured_one(job) for job in jobs]
@@ -154,9 +164,7 @@ def measured(jobs):
 
 def measured_one(job):
     layout, config, held = layout_of(job), gpt_of(job), []
-    sizes = {"pp": job.pp, "dp": job.dp, "tp": job.tp}
-    mesh = MESHES.setdefault(str(sizes), None) or lab.make_mesh(**sizes)
-    MESHES[str(sizes)] = mesh
+    sizes, mesh = sizes_of(job), mesh_of(job)
     x, y = samples(job)
     with LiveBytes() as live:
         trained = compose(lambda: lab.GPT(config), layout, mesh=mesh)
@@ -207,9 +215,8 @@ def test_ranks_send_the_predicted_bytes(found, n, i):
         predicted = payloads(job, stage, share, num_tensors) + control(job, share)
         counted = {key: count.payload_bytes for key, count in sent.items()}
         assert counted == {key: predicted[key] for key in counted}
-        sizes = {"pp": job.pp, "dp": job.dp, "tp": job.tp}
         for (axis, op), count in sent.items():
-            on_wire = wire_bytes(op, count.payload_bytes, sizes[axis])
+            on_wire = wire_bytes(op, count.payload_bytes, sizes_of(job)[axis])
             assert count.wire_bytes == pytest.approx(on_wire)
 
 
@@ -311,9 +318,8 @@ def kept_by_a_layer(jobs):
 
 def kept(job, num_layers):
     config = replace(CONFIG, num_layers=num_layers)
-    mesh = lab.make_mesh(dp=job.dp, tp=job.tp)
     with LiveBytes() as live:
-        trained = compose(lambda: lab.GPT(config), layout_of(job), mesh=mesh)
+        trained = compose(lambda: lab.GPT(config), layout_of(job), mesh=mesh_of(job))
         before = live.now
         logits = trained.model(samples(job)[0])
         assert logits.requires_grad
@@ -343,23 +349,9 @@ PLAYED = [
 ]
 
 
-def played(plays):
-    """Be these ranks one after the other; return what each holds and sends."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.destroy_process_group()  # of the only real rank
-    found = []
-    for rank, job in plays:
-        torch.distributed.init_process_group(
-            "fake", rank=rank, world_size=N, store=FakeStore()
-        )
-        found.append(played_one(job))
-        torch.distributed.destroy_process_group()
-    return found
-
-
 def played_one(job):
-    mesh = lab.make_mesh(pp=job.pp, dp=job.dp, tp=job.tp)
+    """Return what this rank holds and sends in a step."""
+    mesh = lab.make_mesh(**sizes_of(job))
     stage = mesh["pp"].get_local_rank()
     with collectives.off():  # of objects there is only garbage
         model, optimizer = divided(job, mesh, stage)
@@ -400,9 +392,8 @@ def divided(job, mesh, stage):
 
 
 @pytest.fixture(scope="module")
-def found_at_1024():
-    with lab.World(1, device="cpu") as world:
-        return world.run(played, PLAYED)[0]
+def found_at_1024(fake_world):
+    return [fake_world(rank, N, played_one, job) for rank, job in PLAYED]
 
 
 PLAYED_IDS = [f"rank {rank} of {layout_of(job)}" for rank, job in PLAYED]
