@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labpkg.planning.configuration import RECOMPUTE, Configuration
+from labpkg.planning.divisions import Task
 from labpkg.planning.estimates import estimate
 from labpkg.planning.hardware import find_hardware
-from labpkg.planning.planner import plan
+from labpkg.planning.models import find_model
+from labpkg.planning.planner import _fill, _Search, plan
 from labpkg.planning.shapes import ModelShape
+from labpkg.planning.step_time import step_time
 from tests.planning.orders import few
 
 H100 = find_hardware("h100")
@@ -138,6 +141,28 @@ def test_more_memory_never_hurts(world, sequences, memory):
     after = {_axes(p.configuration): p.estimate.step_s for p in plans}
     assert before.keys() <= after.keys()
     assert all(after[axes] <= before[axes] for axes in before)
+
+
+def test_no_step_undercuts_its_bound():
+    task = Task(
+        model=find_model("llama2-7b"),
+        hardware=H100,
+        world_size=32,
+        tokens_per_step=96 * 4096,
+        precision="bf16",
+        max_cp=2,
+        spare_memory=0.0,
+        fixed={},
+    )
+    search = _Search(task, num_plans=1, variants=1)
+    shares = []
+    for family in list(task.families())[::5]:
+        for choices in family:
+            step_s = step_time(task.job(choices), H100).seconds
+            least_s = search._least_s(choices, _fill(choices))
+            assert search._family_s(family) <= least_s * (1 + 1e-9)
+            shares.append(least_s / step_s)
+    assert 0.95 < max(shares) <= 1
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,15 @@ def test_an_explanation_holds_every_number():
     assert "power_limited True" in text
 
 
+def test_the_largest_terms_come_first():
+    own = _plan().estimate
+    text = _plan().explain()
+    for terms in (own.time_terms, own.memory_terms):
+        names = [t.name for t in sorted(terms, key=lambda t: -t.value) if t.value]
+        places = [text.index(f"\n  {name} ") for name in names]
+        assert places == sorted(places)
+
+
 def test_neighbours_differ_in_one_choice():
     own = _plan().estimate
     others = neighbours(own)
