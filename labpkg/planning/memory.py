@@ -89,12 +89,12 @@ def peak_memory(
     Returns:
         The terms of that GPU.
     """
-    parts = {
+    fullest = {
         rank: max(_moments(configuration, rank, constants), key=sum)
         for rank in sorted(_candidates(configuration, constants))
     }
-    worst = max(parts, key=lambda rank: sum(parts[rank]))
-    return PeakMemory(worst, _terms(configuration, worst, parts[worst]))
+    rank, parts = max(fullest.items(), key=lambda found: sum(found[1]))
+    return PeakMemory(rank, _terms(configuration, rank, parts))
 
 
 def usable_bytes(hardware: Hardware, constants: Constants = FITTED) -> float:
@@ -165,8 +165,7 @@ def layer_activation_bytes(configuration: Configuration) -> float:
     """
     c = configuration
     if c.recompute == "full":
-        outside = c.tp if c.cuts_sequence else 1
-        return _tokens(c) * _itemsize(c) * c.model.width / outside
+        return _tokens(c) * _itemsize(c) * c.model.width / _outside(c)
     return _kept_by_layer(c)
 
 
@@ -197,8 +196,7 @@ def rank_moments(
 ) -> tuple[PeakMemory, ...]:
     """Return what a rank holds at the moments one of which is its peak.
 
-    With all activations kept it is fullest at the loss. When a layer is computed
-    again, the logits of that micro-batch are gone.
+    Fullest is the loss, or a layer computed again when the logits are gone.
 
     Args:
         configuration: The job.
@@ -254,34 +252,49 @@ def _moments(c: Configuration, rank: int, constants: Constants) -> tuple[_Parts,
     heads = sum(n for n, share in zip(counts, shares, strict=True) if share.head)
     copy = _FULL * _tokens(c) * c.model.vocab_size / c.tp
     kept, again = _activations(c, rank, constants)
+    kept += heads * _tokens(c) * _itemsize(c) * (2 * c.model.width + 2) / _outside(c)
     # One copy stays for each micro-batch in flight; only one of them has the others.
-    waiting = copy * max(heads - 1, 0)
     loss = _Parts(
         *state_bytes(elements, precision=c.precision, zero=_zero(c), n=c.dp * c.cp),
         buckets=_buckets(c, elements),
-        activations=kept + heads * _kept_by_head(c),
+        activations=kept,
         recomputed=0.0,
-        logits=waiting + (copy * constants.logit_copies if heads else 0.0),
+        logits=copy * (heads - 1 + constants.logit_copies) if heads else 0.0,
         gathered=_gathered(c, shares, elements),
     )
-    return loss, loss._replace(recomputed=again, logits=waiting)
+    return loss, loss._replace(recomputed=again, logits=copy * max(heads - 1, 0))
 
 
 def _activations(
     c: Configuration, rank: int, constants: Constants
 ) -> tuple[float, float]:
     """What layers keep, and what the last one adds while it is computed again."""
-    layers = [share.num_layers for share in _shares(c, rank)]
-    kept = sum(n * L for n, L in zip(in_flight(c, rank), layers, strict=True))
-    whole = _kept_by_layer(c) * constants.activation_copies
-    whole += _kept_gathered(c) * constants.gathered_inputs
+    kept, again = _kept_layers(c, rank, [s.num_layers for s in _shares(c, rank)])
+    whole, inputs = _layer_bytes(c, constants)
     if c.recompute != "full":
         return kept * whole, 0.0
-    inputs = layer_activation_bytes(c)
-    if c.pp == 1 or not c.schedule.startswith("zb"):
-        return kept * inputs, whole - inputs if kept else 0.0
-    again = sum(n * L for n, L in zip(waiting(c, rank), layers, strict=True))
-    return kept * inputs + again * (whole - inputs), 0.0
+    last = 0 if _keeps_recomputed(c) or not kept else whole - inputs
+    return kept * inputs + again * (whole - inputs), last
+
+
+def _kept_layers(c: Configuration, rank: int, layers: Sequence[int]) -> tuple[int, int]:
+    """Layers times micro-batches that are kept, and kept whole after recomputation."""
+    kept = sum(n * L for n, L in zip(in_flight(c, rank), layers, strict=True))
+    if not _keeps_recomputed(c):
+        return kept, 0
+    return kept, sum(n * L for n, L in zip(waiting(c, rank), layers, strict=True))
+
+
+def _keeps_recomputed(c: Configuration) -> bool:
+    """Whether backward is split, so that what I computed again stays until W."""
+    return c.recompute == "full" and c.pp > 1 and c.schedule.startswith("zb")
+
+
+def _layer_bytes(c: Configuration, constants: Constants) -> tuple[float, float]:
+    """One layer of one micro-batch: all that it keeps, and its input."""
+    whole = _kept_by_layer(c) * constants.activation_copies
+    whole += _kept_gathered(c) * constants.gathered_inputs
+    return whole, layer_activation_bytes(c)
 
 
 def _buckets(c: Configuration, elements: int) -> float:
@@ -303,11 +316,10 @@ def _gathered(c: Configuration, shares: Sequence[StageShare], elements: int) -> 
 
 def _kept_by_layer(c: Configuration) -> float:
     model, size = c.model, _itemsize(c)
-    outside = c.tp if c.cuts_sequence else 1
     keys = max(model.num_kv_heads // c.tp, 1) * model.head_width
     queries = model.width / c.tp
     inner = (4 if model.gated_mlp else 2) * model.ffn_width / c.tp
-    numbers = (4 * model.width + 4) / outside + 2 * queries + 2 * keys + inner
+    numbers = (4 * model.width + 4) / _outside(c) + 2 * queries + 2 * keys + inner
     if not model.learned_positions:
         numbers += queries + keys
     log_sums = max(size, _FULL) * model.num_heads / c.tp
@@ -321,14 +333,14 @@ def _kept_gathered(c: Configuration) -> float:
     return _tokens(c) * _itemsize(c) * 2 * c.model.width * (1 - 1 / c.tp)
 
 
-def _kept_by_head(c: Configuration) -> float:
-    numbers = (2 * c.model.width + 2) / (c.tp if c.cuts_sequence else 1)
-    return _tokens(c) * _itemsize(c) * numbers
-
-
 def _zero(c: Configuration) -> int:
     """The stage of ZeRO; one rank alone has nothing to divide."""
     return c.zero if c.dp * c.cp > 1 else 0
+
+
+def _outside(c: Configuration) -> int:
+    """Ranks that divide what lies between the layers that tp cuts."""
+    return c.tp if c.cuts_sequence else 1
 
 
 def _tokens(c: Configuration) -> float:
@@ -346,25 +358,26 @@ def _shares(c: Configuration, rank: int) -> list[StageShare]:
 
 def _candidates(c: Configuration, constants: Constants) -> set[int]:
     """The ranks of which one is the fullest."""
-    ranks = range(c.pp)
-    shares = [_shares(c, rank) for rank in ranks]
-    found = {0} | {r for r in ranks if any(share.head for share in shares[r])}
-    if stages_per_rank(c) > 1 or c.schedule == "zb-h1":
-        # Of ranks with as many layers the one that keeps most; state is alike.
+    shares = [_shares(c, rank) for rank in range(c.pp)]
+    found = {0} | {r for r, own in enumerate(shares) if any(s.head for s in own)}
+    if stages_per_rank(c) > 1 or _keeps_recomputed(c):
+        # Of ranks with as many layers the one that keeps most; their state is alike.
+        whole, inputs = _layer_bytes(c, constants)
         best: dict[int, tuple[float, int]] = {}
         for rank, own in enumerate(shares):
-            layers = sum(share.num_layers for share in own)
-            kept = sum(_activations(c, rank, constants)), -rank
-            best[layers] = max(best.get(layers, kept), kept)
+            layers = [share.num_layers for share in own]
+            kept, again = _kept_layers(c, rank, layers)
+            full = kept * inputs + again * (whole - inputs), -rank
+            best[sum(layers)] = max(best.get(sum(layers), full), full)
         found |= {-rank for _, rank in best.values()}
     return found
 
 
 def _terms(c: Configuration, rank: int, parts: _Parts) -> tuple[Term, ...]:
-    shares, counts = _shares(c, rank), in_flight(c, rank)
+    shares = _shares(c, rank)
     elements = sum(stage_elements(share, c.model, tp=c.tp) for share in shares)
     layers = "+".join(str(share.num_layers) for share in shares)
-    times = "+".join(map(str, counts))
+    times = "+".join(map(str, in_flight(c, rank)))
     tokens = f"{_tokens(c):.0f} tokens"
     zero, n = _zero(c), f" / {c.dp * c.cp} ranks"
     per = state_bytes(1, precision=c.precision, zero=zero, n=1)
