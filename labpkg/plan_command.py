@@ -13,7 +13,7 @@ from typing import Any
 from labpkg.planning.configuration import PRECISIONS
 from labpkg.planning.models import find_model
 from labpkg.planning.planner import plan
-from labpkg.planning.plans import Plan, format_plans
+from labpkg.planning.plans import MEMORY_ERROR, Plan, format_plans
 from labpkg.planning.shapes import ModelShape
 
 _TOKENS_PER_STEP = 2**22  # about what models of 10 to 100 billion parameters train with
@@ -100,7 +100,10 @@ def _parser() -> argparse.ArgumentParser:
         "--variants", type=int, default=1, help="plans with the same axes"
     )
     parser.add_argument(
-        "--spare-memory", type=float, default=0.0, help="share to leave free, as in 0.1"
+        "--spare-memory",
+        type=float,
+        default=MEMORY_ERROR,
+        help="share of the usable memory to leave free; 0.1 by default",
     )
     parser.add_argument(
         "--explain",

@@ -23,7 +23,7 @@ from labpkg.planning.estimates import Estimate, estimate
 from labpkg.planning.hardware import Hardware, find_hardware
 from labpkg.planning.memory import peak_memory
 from labpkg.planning.models import find_model
-from labpkg.planning.plans import Plan, describe
+from labpkg.planning.plans import MEMORY_ERROR, Plan, describe
 from labpkg.planning.shapes import ModelShape
 from labpkg.planning.step_time import layer_seconds
 
@@ -43,7 +43,7 @@ def plan(
     max_cp: int = 1,
     num_plans: int = 10,
     variants: int = 1,
-    spare_memory: float = 0.0,
+    spare_memory: float = MEMORY_ERROR,
     **fixed: Any,
 ) -> list[Plan]:
     """Return the fastest ways to train a model that fit, the best first.
@@ -63,8 +63,9 @@ def plan(
         num_plans: The most plans that are returned.
         variants: The most plans with the same dp, tp, pp and cp: 1 tells divisions
             apart, more also show what else they could choose.
-        spare_memory: Share of the usable memory that a plan must leave free: predicted
-            peaks are wrong by 10 % in the median.
+        spare_memory: Share of the usable memory that a plan must leave free. Predicted
+            peaks are wrong by 10 % in the median, and the fastest ways are often the
+            fullest: with 0 some of those would crash.
         fixed: Fields of `Configuration` that are not to be chosen, such as `tp=8`.
 
     Returns:
@@ -221,7 +222,10 @@ def _nothing_divides(task: Task) -> str:
 
 def _nothing_fits(task: Task, leanest: Configuration) -> str:
     needed = peak_memory(leanest).num_bytes / _GIB
-    remedies = [f"GPUs with {needed:.0f} GiB to use"]
+    to_use = needed / (1 - task.spare_memory)
+    remedies = [f"GPUs with {to_use:.0f} GiB to use"]
+    if task.spare_memory and _fits_somewhere(replace(task, spare_memory=0.0)):
+        remedies.insert(0, "spare_memory=0, which may crash")
     if task.fixed and _fits_somewhere(replace(task, fixed={})):
         names = ", ".join(f"{name}={value!r}" for name, value in task.fixed.items())
         remedies.insert(0, f"other values than {names}")

@@ -42,7 +42,7 @@ def _machine(memory):
 
 
 def _plans(world, sequences, memory=H100.memory_bytes, **options):
-    options = {"num_plans": 10**6, **options}
+    options = {"num_plans": 10**6, "spare_memory": 0, **options}
     return plan(SMALL, _machine(memory), world, sequences * 1024, **options)
 
 
@@ -218,6 +218,12 @@ def test_memory_is_left_free_on_request():
         assert "Tight:" not in p.explain()
 
 
+def test_a_tenth_of_the_memory_is_free_by_default():
+    plans = plan("llama2-70b", "h100", 64, 2**22, variants=50, num_plans=50)
+    shares = [p.estimate.memory_bytes / p.estimate.usable_bytes for p in plans]
+    assert 0.8 < max(shares) <= 0.9
+
+
 # ---- refusals ----------------------------------------------------------------------
 
 
@@ -256,6 +262,14 @@ def test_a_refusal_names_what_would_help():
     gib = int(re.findall(r"GPUs with (\d+) GiB", str(refusal.value))[0])
     roomy = replace(H100, memory_bytes=(gib + 1) / 0.8 * 2**30)
     assert plan("llama2-70b", roomy, 4, 2**22)
+
+
+def test_a_refusal_says_what_would_just_fit():
+    needed = min(p.estimate.memory_bytes for p in _plans(1, 6, variants=100))
+    memory = 1.1 * needed
+    assert _plans(1, 6, memory)
+    with pytest.raises(ValueError, match=r"choose .*spare_memory=0, which may crash"):
+        _plans(1, 6, memory, spare_memory=0.3)
 
 
 def test_a_refusal_blames_what_was_fixed():
