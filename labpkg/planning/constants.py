@@ -103,7 +103,7 @@ class Constants:
         20.0,
     )
     network_share: float = _fitted(
-        0.42,
+        0.5,
         "bandwidth between nodes that the reduce-scatters and all-gathers of ZeRO "
         "reach, as a share of what one of large messages reaches alone",
         "1",
