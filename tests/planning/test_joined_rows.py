@@ -59,6 +59,14 @@ def test_one_measured_column_is_enough():
     rows, notes = join_tables(forecast, speeds)
     assert [row.ran for row in rows] == [True, False]
     assert any("mem_GB is not read: mem_gib is in GiB, 0.9313 x GB" in n for n in notes)
+    both = measured(("64.5", "60"), ("", ""), columns=("mem_GB", "mem_gib"))
+    assert not any("mem_GB" in note for note in join_tables(forecast, both)[1])
+
+
+def test_a_row_with_one_prediction_is_not_without():
+    forecast = predicted(("", "70", "1"), *[("", "", "")] * 3)
+    _, notes = join_tables(forecast, measured(*[("9", "60")] * 4))
+    assert notes[-1] == "3 rows without a prediction: row 2; row 3; row 4"
 
 
 def test_columns_of_a_job_say_the_same_in_other_words():
@@ -71,6 +79,10 @@ def test_columns_of_a_job_say_the_same_in_other_words():
     rows, _ = join_tables(forecast, measured(*same, columns=names))
     assert len(rows) == 2
     assert len({row.job for row in rows}) == 1
+    forecast = predicted(
+        ("10", "1", "1"), jobs=(*REQUIRED, "kv_heads"), values=(*VALUES, "32")
+    )
+    assert join_tables(forecast, measured(("", "1"), columns=("kv_heads", "mem_gib")))
 
 
 def test_a_job_that_ran_and_did_not_is_noted():
@@ -160,12 +172,14 @@ def test_cells_are_models_on_nodes_of_one_kind():
         (*VALUES, "a", "8", "4", "h100", "10"),
         (*VALUES, "a", "", "4", "a100", "10"),
         (*VALUES[:5], "2.0", *VALUES[6:], "a", "", "4", "a100", "10"),
+        (*VALUES[:6], "4", *VALUES[7:], "a", "", "4", "a100", "10"),
         ("bad", *VALUES[1:], "a", "", "4", "a100", "10"),
+        ("worse", *VALUES[1:], "a", "", "4", "a100", "10"),
     ]
     forecast = Table(name="P", columns=(*jobs, "tok_s_gpu"), rows=rows)
-    joined, _ = join_tables(forecast, measured(*[("9", "60")] * 6))
+    joined, _ = join_tables(forecast, measured(*[("9", "60")] * 8))
     assert joined[0].cell == joined[1].cell
-    assert len({row.cell for row in joined}) == 5
+    assert len({row.cell for row in joined}) == 7
     assert {row.model for row in joined} == {"a"}
 
 
@@ -176,6 +190,11 @@ def test_cells_are_models_on_nodes_of_one_kind():
         (predicted(), measured(columns=("a",)), "MEASURED.csv has neither tok_s_gpu"),
         (predicted(columns=("fits",)), measured(), "PRED.csv has neither tok_s_gpu"),
         (predicted(jobs=JOB, values=SIZES), measured(), "no column mbs, grad_acc"),
+        (
+            predicted(jobs=(*REQUIRED, "dp", "dp"), values=(*VALUES, "8", "1")),
+            measured(columns=("mem_gib",)),
+            "PRED.csv has more than one column dp; keep",
+        ),
         (predicted(), measured(columns=("mem_gib",) * 2), "more than one column mem_g"),
         (predicted(), measured(columns=("dp", "dp", "mem_gib")), "one column dp; keep"),
     ],
