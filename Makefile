@@ -21,7 +21,7 @@ WORKFLOW_TESTS := tests/test_lab.py
 
 .NOTPARALLEL:
 .PHONY: help lab train test lint unit notebooks-test book-test lab-test soak book execute \
-	figures laws parity screenshots notebook serve test-gpu clean
+	figures laws parity calibrate screenshots notebook serve test-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 16
@@ -69,6 +69,10 @@ laws: $(READY)  ## hold every engine to its laws, write what they measure into t
 parity: $(READY)  ## train every layout with every feature, write the deviations into the book
 	@$(STEP) "Train the parity matrix (some 20 minutes on two cores)" \
 	  $(BIN)/python -m scripts.parity
+
+calibrate: $(READY)  ## fit the planner to published runs (DATA=their folder), write its errors
+	@$(STEP) "Fit and cross-validate the planner" \
+	  $(BIN)/python -m scripts.calibrate $(DATA)
 
 screenshots: book  ## photograph every page into _build/screenshots (needs Chromium)
 	@$(STEP) "Take screenshots" $(BIN)/python scripts/browser.py _build/html _build/screenshots
