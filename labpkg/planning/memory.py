@@ -316,7 +316,7 @@ def _gathered(c: Configuration, shares: Sequence[StageShare], elements: int) -> 
 
 def _kept_by_layer(c: Configuration) -> float:
     model, size = c.model, _itemsize(c)
-    keys = max(model.num_kv_heads // c.tp, 1) * model.head_width
+    keys = -(-model.num_kv_heads // c.tp) * model.head_width
     queries = model.width / c.tp
     inner = (4 if model.gated_mlp else 2) * model.ffn_width / c.tp
     numbers = (4 * model.width + 4) / _outside(c) + 2 * queries + 2 * keys + inner

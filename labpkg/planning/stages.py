@@ -192,7 +192,7 @@ def layer_elements(model: ModelShape, *, tp: int = 1) -> int:
     """
     D, H = model.width, model.head_width
     queries = D * D // tp
-    keys_and_values = 2 * D * H * max(model.num_kv_heads // tp, 1)
+    keys_and_values = 2 * D * H * -(-model.num_kv_heads // tp)
     feed_forward = (3 if model.gated_mlp else 2) * D * model.ffn_width // tp
     return 2 * queries + keys_and_values + feed_forward  # with the output projection
 

@@ -213,6 +213,29 @@ def test_recomputation_saves_nothing_where_w_waits_for_all():
     assert kept(0, recompute="full") < 0.4 * kept(0)
 
 
+def test_tensor_parallel_ranks_divide_the_head():
+    def head(**how):
+        c = job(tp=2, precision="fp32", **how)
+        layers = GPT.num_layers * layer_activation_bytes(c)
+        memory = peak_memory(c, EXACT)
+        return term(memory, "activations") - layers, term(memory, "logits")
+
+    norm = 4 * GPT.sequence_length * (2 * GPT.width + 2)
+    logits = 4 * GPT.sequence_length * GPT.vocab_size / 2
+    assert head(sequence_parallel=False) == (norm, logits)
+    assert head() == (norm / 2, logits)
+
+
+def test_buckets_are_half_gradients_that_are_summed_whole():
+    def buckets(**how):
+        return term(peak_memory(job(**how)), "gradient buckets")
+
+    for how in ({"dp": 2}, {"cp": 2}, {"dp": 2, "zero": 1}):
+        assert buckets(**how) == 2 * GPT.num_parameters
+    for how in ({"dp": 1}, {"dp": 2, "zero": 2}, {"dp": 2, "precision": "fp32"}):
+        assert buckets(**how) == 0
+
+
 def test_no_more_is_gathered_than_there_is():
     # A single layer has no next one whose weights come early.
     deep = job(replace(GPT, num_layers=4), pp=4, dp=2, zero=3)

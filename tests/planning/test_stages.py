@@ -116,6 +116,10 @@ def test_key_heads_are_copied_when_there_are_fewer_than_ranks():
     rest = 2 * D * D // 8 + 2 * D * GPT.ffn_width // 8
     assert layer_elements(grouped, tp=8) == rest + keys_and_values
     assert layer_elements(grouped, tp=2) == 4 * rest + keys_and_values
+    # One of two ranks has two of three heads.
+    three = replace(GPT, num_heads=6, num_kv_heads=3, width=48, ffn_width=192)
+    one = 2 * 48 * three.head_width
+    assert layer_elements(three, tp=2) == 48 * 48 + 48 * 192 + 2 * one
 
 
 def test_schedules_deal_stages_in_turn_or_down_and_up():
