@@ -238,9 +238,10 @@ optional ones, with the default that also fills a blank cell:
 Other columns are carried along. Separators are commas, semicolons or tabs.
 
 PRED.csv holds all columns unchanged and adds tok_s_gpu (tokens per second and GPU),
-step_s, mem_gib (peak allocated on the fullest rank, in GiB = 2^30 bytes; 80 GB are
-74.5 GiB), fits (0 or 1), mfu_pct and error. If there is such a column, the added one
-is called pred_tok_s_gpu and so on.
+step_s (seconds of an optimizer step), mem_gib (peak allocated on the fullest rank, in
+GiB = 2^30 bytes; 80 GB are 74.5 GiB), fits (0 or 1), mfu_pct (6 N + 12 L D T operations
+a token) and error. If there is such a column, the added one is called pred_tok_s_gpu
+and so on. A row without a prediction has blanks, and its error; the exit code stays 0.
 """
 _SCORE_HELP = """PRED.csv is what labpkg predict wrote. MEASURED.csv has the same
 rows in the same order, with tok_s_gpu (tokens per second and GPU), mem_gib (peak

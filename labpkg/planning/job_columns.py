@@ -27,6 +27,7 @@ from labpkg.planning.shapes import ModelShape
 
 Value = int | bool | str
 _LARGEST = 10**9  # beyond any job; a typing error rather than a size
+_MOST_LAYERS = 10**5  # they are gone through one by one
 _BLANK = "blank, but there is no default; write a number"
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _FLAGS = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
@@ -99,6 +100,7 @@ _REQUIRED = (
 )
 _COLUMNS = {
     **{name: _Column(_SIZE) for name in _REQUIRED},
+    "layers": _Column(_whole(1, _MOST_LAYERS)),
     "kv_heads": _Column(_SIZE, of="heads"),
     "ffn": _Column(_SIZE, of="width", derive=lambda width: 4 * int(width)),
     "tied": _Column(read_flag, False),

@@ -122,7 +122,8 @@ class Cell:
             the best predicted speed among those predicted to fit; 1 if that one does
             not fit, or none was predicted to. Of equal speeds the one that needs less
             memory is taken, then the mean. A job in several rows ran if it ran in one.
-            None if nothing ran or there was no choice.
+            Jobs that ran with a speed that is not known are left out. None if nothing
+            ran or there was no choice.
         regret_of_ran: The same, but the choice is among the rows that ran.
     """
 
@@ -271,6 +272,8 @@ def _cells(rows: Sequence[Joined]) -> tuple[Cell, ...]:
 def _cell(rows: Sequence[Joined]) -> Cell:
     pairs = _both(row.speeds for row in rows)
     enough = len(pairs) >= _FEWEST_RANKED
+    # A job of which only memory was measured ran, but nobody knows how fast.
+    timed = [row for row in rows if row.speeds[1] is not None or not row.ran]
     return Cell(
         model=rows[0].model,
         nodes=rows[0].nodes,
@@ -279,14 +282,14 @@ def _cell(rows: Sequence[Joined]) -> Cell:
         rank_correlation=rank_correlation(*zip(*pairs, strict=True))
         if enough
         else None,
-        regret=_regret(rows, [row for row in rows if row.fits is not False]),
-        regret_of_ran=_regret(rows, [row for row in rows if row.ran]),
+        regret=_regret(timed, [row for row in timed if row.fits is not False]),
+        regret_of_ran=_regret(timed, [row for row in timed if row.ran]),
     )
 
 
 def _regret(rows: Sequence[Joined], choices: Sequence[Joined]) -> float | None:
     reached = _speeds(rows)
-    fastest = max(reached.values())
+    fastest = max(reached.values(), default=0.0)
     if not fastest or len(rows) < 2:
         return None
     known = [row for row in choices if row.speeds[0] is not None]

@@ -108,6 +108,7 @@ def test_more_stages_on_a_rank_interleave():
         ({"mbs": "-1"}, "column mbs: -1 is below 1; choose 1 to 1000000000"),
         ({"mbs": "0"}, "column mbs: 0 is below 1"),
         ({"mbs": "1e12"}, "column mbs: 1e12 is above 1000000000"),
+        ({"layers": "1e9"}, "column layers: 1e9 is above 100000"),
         ({"mbs": "1e999"}, "column mbs: 1e999 is above"),
         ({"mbs": "2.5"}, "column mbs: '2.5' is not a whole number"),
         ({"width": "4k"}, "column width: '4k' is not a whole number"),

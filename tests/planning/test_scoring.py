@@ -173,6 +173,40 @@ def test_nothing_predicted_scores_nothing():
     assert found.notes[-1] == "2 rows without a prediction: row 1; row 2"
 
 
+def test_a_job_of_which_only_memory_was_measured_ran():
+    job = ("16", *SIZES, "2")
+    rows = [
+        *((*job, "8", "70", "1"), (*job, "9", "70", "0")),
+        *((*job, "9", "70", "1"), (*job, "7", "70", "1"), (*job, "6", "70", "1")),
+    ]
+    names = (*JOB, "tok_s_gpu", "mem_gib", "fits")
+    found = score_tables(
+        Table(name="P", columns=names, rows=rows),
+        Table(
+            name="M",
+            columns=("tok_s_gpu", "mem_gib"),
+            rows=[("9", ""), ("", "70"), ("", "70"), ("no number", ""), ("", "")],
+        ),
+    )
+    assert found.rows == 5
+    assert (found.cells[0].rows, found.cells[0].ran) == (4, 3)
+    assert (found.regret, found.regret_of_ran) == (0, 0)  # of those with a speed
+    verdicts = found.verdicts
+    assert (verdicts.false_positives, verdicts.false_negatives) == (1, 1)
+    assert (verdicts.true_positives, verdicts.true_negatives) == (0, 2)
+
+
+def test_memory_alone_has_no_regret():
+    job = ("16", *SIZES)
+    rows = [(*job, "2", "8", "70"), (*job, "3", "9", "70")]
+    forecast = Table(name="P", columns=(*JOB, "tok_s_gpu", "mem_gib"), rows=rows)
+    found = score_tables(
+        forecast, Table(name="M", columns=("mem_gib",), rows=[("70",), ("60",)])
+    )
+    assert (found.regret, found.regret_of_ran) == (None, None)
+    assert found.memory.rows == 2
+
+
 def test_no_rows_score_nothing():
     found = score([])
     assert found.rows == 0
