@@ -243,6 +243,12 @@ def test_no_more_is_gathered_than_there_is():
     own = term(memory, "weights")  # float32 of a half: as much as half weights of all
     layer = layer_elements(deep.model)
     assert term(memory, "gathered layers") == own + 2 * layer
+    # The table of the first stage is a unit, too; a head alone is all of its stage.
+    first = rank_memory(replace(deep, zero=2), 0)
+    assert term(first, "gathered layers") == 2 * 1000 * GPT.width
+    small = replace(GPT, num_layers=3, vocab_size=8)
+    alone = rank_memory(job(small, pp=4, dp=2, zero=2), 3)
+    assert term(alone, "gathered layers") == 2 * (8 + 1) * GPT.width
 
 
 def test_one_rank_alone_divides_nothing():
