@@ -177,11 +177,11 @@ def test_more_work_never_takes_less(found):
     twice = seconds(replace(found, grad_accum_steps=2 * M))
     assert before < twice <= 2 * before * (1 + 1e-9)
     larger = replace(found, micro_batch_size=2 * found.micro_batch_size)
-    assert seconds(larger) >= before
+    assert seconds(larger) >= before * (1 - 1e-9)
     deeper = replace(found, model=replace(found.model, num_layers=48))
     assert seconds(deeper) > before
     if found.recompute == "none":
-        assert seconds(replace(found, recompute="full")) >= before
+        assert seconds(replace(found, recompute="full")) >= before * (1 - 1e-9)
 
 
 def test_the_head_of_a_large_vocabulary_slows_its_stage():
@@ -206,9 +206,11 @@ def test_zero_divides_the_optimizer_and_sends_what_it_divides():
     step = [term(found, "optimizer") for found in jobs]
     assert step[0] > step[1] > step[2] == step[3]
     traffic = [term(found, "data-parallel traffic") for found in jobs]
-    assert min(traffic) > 0
+    assert min(traffic[:3]) > 0
     # Layer by layer it hides behind passes that are long enough.
-    assert term(replace(jobs[3], micro_batch_size=8), "data-parallel traffic") == 0
+    assert traffic[3] == 0
+    slow = replace(H100, network_bytes_per_s={2: 1e10})
+    assert term(jobs[3], "data-parallel traffic", slow) > 0
 
 
 def test_overlap_hides_gradients_behind_the_last_backward_only():
