@@ -226,6 +226,33 @@ def test_tensor_parallel_ranks_divide_the_head():
     assert head() == (norm / 2, logits)
 
 
+def test_rotary_positions_keep_queries_and_keys_twice():
+    rotary = job(replace(GPT, learned_positions=False))
+    more = layer_activation_bytes(rotary) - layer_activation_bytes(job())
+    keys = GPT.num_kv_heads * GPT.head_width
+    assert more == 2 * GPT.sequence_length * (GPT.width + keys)
+    # Eight ranks share four key heads: each has a whole one, 8 numbers wide.
+    per_token = (4 * 64 + 4 + 2 * 64 + 2 * 192) / 8 + 2 * 8
+    wide = layer_activation_bytes(job(tp=8))
+    assert wide == GPT.sequence_length * (2 * per_token + 4)
+
+
+def test_gathered_inputs_are_those_of_two_products():
+    def kept(share, **how):
+        constants = replace(EXACT, gathered_inputs=share)
+        return term(peak_memory(job(tp=4, **how), constants), "activations")
+
+    both = 2 * (2 * GPT.width) * GPT.sequence_length * 3 / 4
+    assert kept(1.0) - kept(0.0) == GPT.num_layers * both
+    alone = {"sequence_parallel": False}
+    assert kept(1.0, **alone) == kept(0.0, **alone)
+
+
+def test_ranks_that_share_sequences_divide_the_state():
+    whole, divided = (peak_memory(job(cp=2, zero=zero)) for zero in (0, 1))
+    assert term(divided, "optimizer state") == term(whole, "optimizer state") / 2
+
+
 def test_buckets_are_half_gradients_that_are_summed_whole():
     def buckets(**how):
         return term(peak_memory(job(**how)), "gradient buckets")
