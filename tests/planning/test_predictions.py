@@ -96,13 +96,14 @@ def test_names_that_exist_get_a_prefix():
 def test_a_row_may_name_its_hardware(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(hardware_json(H100))
-    names = ["", "H100", "a100-80gb", str(path), "h1000"]
+    names = ["", "H100", "a100-80gb", str(path), "h1000", "no.json"]
     rows = [(*ROW, name) for name in names]
     mine = answers(predict_table(table(*rows, columns=(*COLUMNS, "hardware")), H100))
     assert mine[0] == mine[1] == mine[3]
     assert float(mine[2]["tok_s_gpu"]) < float(mine[0]["tok_s_gpu"])
     assert mine[4]["error"].startswith("row 5: column hardware: hardware 'h1000' is")
     assert "h100" in mine[4]["error"].split("choose")[1]
+    assert mine[5]["error"].startswith("row 6: column hardware: ")
     alone = answers(predict_table(table(*rows, columns=(*COLUMNS, "hardware"))))
     assert alone[1] == mine[1]
     assert alone[0]["error"].startswith("row 1: column hardware: is blank, and none")
@@ -126,19 +127,20 @@ def test_a_table_without_rows_stays_one():
 def test_a_defect_costs_only_its_row():
     def predict(job, hardware):
         if job.micro_batch_size == 3:
-            raise KeyError("planted\ndefect")
+            raise RuntimeError("planted\ndefect")
         return estimate(job, hardware)
 
     rows = ROW, (*ROW[:7], "3", *ROW[8:])
     good, bad = answers(predict_table(table(*rows), H100, predict=predict))
     assert good["error"] == ""
-    assert "by a defect of labpkg: KeyError" in bad["error"]
+    assert "by a defect of labpkg: RuntimeError: planted defect" in bad["error"]
     assert bad["tok_s_gpu"] == ""
 
 
-def test_a_prediction_is_finite_or_an_error():
+@pytest.mark.parametrize("value", [math.inf, 0.0])
+def test_a_prediction_is_finite_or_an_error(value):
     class Endless:
-        step_s = tokens_per_s_per_gpu = mfu = memory_bytes = math.inf
+        step_s = tokens_per_s_per_gpu = mfu = memory_bytes = value
         fits = False
 
     (answer,) = answers(predict_table(table(ROW), H100, predict=lambda *_: Endless()))
@@ -147,9 +149,17 @@ def test_a_prediction_is_finite_or_an_error():
 
 def test_a_long_table_takes_seconds():
     # Equal jobs are computed once; different ones cost the estimate and little more.
+    computed = []
+
+    def predict(job, hardware):
+        computed.append(job)
+        return estimate(job, hardware)
+
     rows = [(*ROW[:8], str(1 + i % 500), ROW[9], str(i)) for i in range(20_000)]
+    long = table(*rows, columns=(*COLUMNS, "id"))
     start = time.process_time()
-    predicted = predict_table(table(*rows, columns=(*COLUMNS, "id")), H100)
+    predicted = predict_table(long, H100, predict=predict)
     assert time.process_time() - start < 10
+    assert len(computed) == 500
     assert [row[len(ROW)] for row in predicted.rows[:3]] == ["0", "1", "2"]
     assert len({row[-5] for row in predicted.rows}) == 500  # step_s
