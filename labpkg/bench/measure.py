@@ -10,7 +10,7 @@ over pairs: a variant and the base variant of the same round, both quiet.
 
 How to read it: wall ratios of quiet samples are the claim. With fewer than `MIN_QUIET`
 of them trust the CPU-seconds, which foreign load hardly moves but which do not see
-waiting. Equal code differs by 1 to 2 %.
+waiting. Measure equal code, too: what differs by less than that is no finding.
 
 Chapter: planning/measuring. Reference: Mytkowicz et al. 2009, Producing wrong data
 without doing anything obviously wrong!, ASPLOS, doi:10.1145/1508244.1508275.
@@ -197,7 +197,7 @@ def _sample(
 
 def _meet() -> None:
     """Return once the work of this device is done, and all ranks are here."""
-    if torch.get_default_device().type == "cuda":
+    if torch.cuda.is_initialized():  # also where the default device is the CPU
         torch.cuda.synchronize()
     if dist.is_initialized():
         barrier()

@@ -1,4 +1,6 @@
-"""A training step on 1, 2, 4, ... ranks: with the same batch, and with one that grows.
+"""Strong and weak scaling: a training step on 1, 2, 4, ... ranks.
+
+The batch is the same for all numbers of ranks (strong), or grows with them (weak).
 
 Every number of ranks that divides the World is a mesh of its own. The ranks of its
 first group train, the others wait until they are through; so all numbers take turns in
@@ -71,7 +73,7 @@ def _measure(config: GPTConfig, quick: bool) -> dict[str, list[Sample]]:
     for n in _divisors(size):
         mesh = make_mesh(pp=size // n, dp=n)  # the groups along dp are side by side
         engine = with_adamw if n == 1 else partial(_data_parallel, mesh=mesh["dp"])
-        for share in (whole // n, whole // size):
+        for share in dict.fromkeys((whole // n, whole // size)):
             name = _variant(n, share)
             variants[name] = _wait
             if mesh["pp"].get_local_rank() == 0:

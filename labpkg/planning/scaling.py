@@ -1,8 +1,9 @@
 """Speed-up, efficiency, Little's law, utilisation: what times are held against.
 
 `DividedWork` describes a job by two numbers, the seconds that ranks repeat and the
-seconds that they divide. Amdahl asks what n ranks gain on the same work, Gustafson on n
-times the work; both are a property of one object, and two measured times fix it.
+seconds that they divide. Amdahl asks what n ranks gain on the same work (strong
+scaling), Gustafson on n times the work (weak scaling); both are a property of one
+object, and two measured times fix it.
 Utilisation divides by what the hardware could do, under a convention that must be said:
 `palm_flops_per_token` is one, `ModelShape.flops_per_token` another.
 
@@ -55,9 +56,9 @@ class DividedWork:
     def fit(cls, seconds: Mapping[int, float]) -> DividedWork:
         """Return the job that fits times of the same work on several numbers of ranks.
 
-        The relative errors of serial + divided / n are squared and added up. Times on
-        1 and 2 ranks are met exactly: the serial fraction is then the one of Karp and
-        Flatt, communication included.
+        The relative errors of serial + divided / n are squared and added up. Two times
+        are met exactly unless a part would be negative. If one of them is of 1 rank,
+        the serial fraction is the one of Karp and Flatt, communication included.
 
         Args:
             seconds: Number of ranks -> seconds, at least two of them.

@@ -1,6 +1,7 @@
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from labpkg import bench
@@ -178,3 +179,13 @@ def test_the_harness_is_public_in_the_package():
     )
     with pytest.raises(AttributeError, match="no attribute 'no_such'"):
         bench.no_such  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("uses_gpu", [False, True])
+def test_what_is_queued_on_a_gpu_is_in_the_sample(monkeypatch, uses_gpu):
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: uses_gpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("queue"))
+    work = {"work": lambda: done.append("call")}
+    alternate(work, num_rounds=1, warm_up=0, sample_s=0.0)
+    assert done == (["queue", "call", "queue"] if uses_gpu else ["call"])
