@@ -74,26 +74,38 @@ def test_slower_with_more_ranks_leaves_nothing_to_divide():
         (lambda: DividedWork(serial_s=-1, divided_s=1), "serial_s=-1 and"),
         (lambda: DividedWork(serial_s=0, divided_s=0), "not both 0"),
         (lambda: DividedWork(serial_s=math.nan, divided_s=1), "must be finite"),
+        (lambda: DividedWork(serial_s=1, divided_s=math.inf), "divided_s=inf must be"),
         (lambda: DividedWork.fit({1: 1.0}), "two numbers of ranks"),
         (lambda: DividedWork.fit({0: 1.0, 2: 1.0}), "n=0 ranks"),
         (lambda: DividedWork.fit({1: 1.0, 2: 0.0}), "seconds=0.0 must be positive"),
         (lambda: DividedWork(serial_s=1, divided_s=1).speedup(0), "n=0 ranks"),
+        (lambda: DividedWork(serial_s=1, divided_s=1).scaled_speedup(0), "n=0 ranks"),
+        (lambda: parallel_efficiency(0, 1, 2), "one_s=0"),
         (lambda: parallel_efficiency(1, 0, 2), "many_s=0"),
         (lambda: parallel_efficiency(1, 1, 0), "n=0 ranks"),
         (lambda: littles_law(-1, 1), "throughput_per_s=-1"),
-        (
-            lambda: palm_flops_per_token(0, num_layers=1, width=1, sequence_length=1),
-            "num_parameters=0",
-        ),
-        (
-            lambda: model_flops_utilization(1, flops_per_token=1, peak_flops=0),
-            "peak_flops=0",
-        ),
+        (lambda: littles_law(1, 0), "latency_s=0"),
+        (lambda: littles_law(1, math.inf), "latency_s=inf must be positive and finite"),
     ],
 )
 def test_impossible_numbers_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+PALM = {"num_parameters": 1, "num_layers": 1, "width": 1, "sequence_length": 1}
+MFU = {"tokens_per_s": 1, "flops_per_token": 1, "peak_flops": 1}
+
+
+@pytest.mark.parametrize(
+    ("formula", "values", "name"),
+    [(palm_flops_per_token, PALM, name) for name in PALM]
+    + [(model_flops_utilization, MFU, name) for name in MFU],
+)
+def test_each_factor_must_be_positive(formula, values, name):
+    assert formula(**values) > 0
+    with pytest.raises(ValueError, match=f"{name}=0 must be positive"):
+        formula(**{**values, name: 0})
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0.01, 100)), min_size=1))
