@@ -1,4 +1,5 @@
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,16 +30,16 @@ def test_order_rotates_and_all_are_called_equally_often(world2):
         assert counts == {"a": 3, "b": 3, "c": 3}
 
 
-@pytest.mark.parametrize(("sample_s", "num_calls"), [(0.1, 5), (0.001, 1)])
+@pytest.mark.parametrize(("sample_s", "num_calls"), [(0.11, 6), (0.001, 1)])
 def test_a_sample_has_calls_enough_to_be_long(monkeypatch, sample_s, num_calls):
     taken = []
 
     def sample(call, n, cpu_clock):
         taken.append(n)
-        return quiet(0.02)
+        return quiet(0.02 if call is int else 1.0)  # the first one decides
 
     monkeypatch.setattr(measure, "_sample", sample)
-    alternate({"a": int, "b": int}, num_rounds=1, warm_up=0, sample_s=sample_s)
+    alternate({"a": int, "b": str}, num_rounds=1, warm_up=0, sample_s=sample_s)
     assert taken == [1, 1, num_calls, num_calls]
     taken.clear()
     alternate({"a": int, "b": int}, num_rounds=1, warm_up=0, sample_s=0.0)
@@ -88,6 +89,20 @@ def test_nothing_to_measure_is_an_error(call, message):
         call()
 
 
+@pytest.mark.parametrize(("busy_s", "share"), [(5.0, 0.1), (2.0, 0.0)])
+def test_a_sample_is_of_one_call_and_own_work_is_not_foreign(
+    monkeypatch, busy_s, share
+):
+    """2 calls in 4 s on 5 cores, with 3 CPU-seconds of their own."""
+    clock = SimpleNamespace(perf_counter=iter((10.0, 14.0)).__next__)
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(measure, "_busy_s", iter((100.0, 100.0 + busy_s)).__next__)
+    monkeypatch.setattr(measure.os, "cpu_count", lambda: 5)
+    sample = measure._sample(int, 2, iter((1.0, 4.0)).__next__)
+    assert sample == Sample(wall_s=2.0, cpu_s=1.5, foreign_share=share)
+    assert sample.is_quiet  # up to QUIET_SHARE
+
+
 def test_ranks_agree_on_every_number(world2):
     def uneven():
         work = lambda: time.sleep(0.02 if dist.get_rank() else 0.0)
@@ -127,8 +142,9 @@ def test_a_busy_machine_gets_more_rounds(world2, busy, expected):
 
 
 def test_ratios_are_medians_of_quiet_pairs():
-    base = [quiet(t) for t in (1.0, 2.0, 4.0, 1.0, 2.0)] + [noisy(1.0)]
-    twice = [quiet(2 * s.wall_s, 3 * s.cpu_s) for s in base[:5]] + [noisy(99.0, 3.0)]
+    base = [quiet(t) for t in (1.0, 2.0, 4.0, 1.0, 2.0)] + [noisy(1.0)] * 6
+    twice = [quiet(2 * s.wall_s, 9 * s.cpu_s) for s in base[:5]]
+    twice += [noisy(99.0, 3.0)] * 6  # CPU-seconds of all pairs count
     row = compare({"base": base, "new": twice}, base="base", config="here")[1]
     assert row == {
         "config": "here",
@@ -150,7 +166,7 @@ def test_a_pair_is_noisy_if_the_base_was():
 def test_without_enough_quiet_pairs_the_quietest_count():
     shares = [0.9, 0.2, 0.3, 0.02, 0.4, 0.5, 0.8]
     base = [noisy(1.0, share=share) for share in shares]
-    new = [noisy(5.0 if share > 0.5 else 1.5, share=share) for share in shares]
+    new = [noisy(5.0 if share > 0.5 else 1.5, share=0.01) for share in shares]
     row = compare({"base": base, "new": new}, base="base", config="")[1]
     assert MIN_QUIET == 5
     assert (row["samples"], row["wall_ratio"]) == (1, 1.5)
