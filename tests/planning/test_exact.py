@@ -138,7 +138,7 @@ REAL = {
         job(pp=4, schedule="gpipe"),
         job(dp=2, tp=2, zero=1),
         job(pp=2, dp=2, zero=2),
-        job(pp=2, tp=2),
+        job(pp=2, tp=2, sequence_parallel=True),
     ],
 }
 CASES = [(n, i) for n, jobs in REAL.items() for i in range(len(jobs))]
@@ -248,9 +248,9 @@ def payloads(job, stage, share, num_tensors):
     for axis, phase, op, nbytes, calls in step_traffic(job):
         if phase == "layer":
             sent[axis, op] += share.num_layers * M * calls * nbytes
-        elif phase == "ends":  # as many calls for the embedding as for the output
-            ends = (share.embedding + share.head) / 2
-            sent[axis, op] += ends * M * calls * nbytes
+        elif phase == "ends":  # of three calls the output has two
+            ends = share.embedding * (calls // 2) + share.head * (calls - calls // 2)
+            sent[axis, op] += ends * M * nbytes
         elif phase == "border":
             plan = layout_of(job).make_schedule()
             tied = 4 * job.model.vocab_size * job.model.width * job.model.tied
@@ -264,9 +264,10 @@ def payloads(job, stage, share, num_tensors):
         # norms see slices of the sequence, so that their gradients are added up.
         tokens = job.micro_batch_size * job.model.sequence_length
         stream = 4 * M * tokens * job.model.width
-        sent["tp", "reduce_scatter"] -= stream
-        sent["tp", "all_reduce"] += stream
-        sent["tp", "all_reduce"] += 4 * job.model.width * (2 * share.num_layers + 1)
+        sent["tp", "reduce_scatter"] -= stream * share.embedding
+        sent["tp", "all_reduce"] += stream * share.embedding
+        norms = 2 * share.num_layers + share.head
+        sent["tp", "all_reduce"] += 4 * M * job.model.width * norms
     return sent
 
 
