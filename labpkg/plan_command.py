@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from labpkg.planning.configuration import PRECISIONS
+from labpkg.planning.divisions import CHOICES
 from labpkg.planning.models import find_model
 from labpkg.planning.planner import plan
 from labpkg.planning.plans import MEMORY_ERROR, Plan, format_plans
@@ -45,7 +46,9 @@ def run(argv: list[str]) -> int:
         model,
         options.hardware,
         options.world_size,
-        options.tokens_per_step or _near(_TOKENS_PER_STEP, model.sequence_length),
+        _near(_TOKENS_PER_STEP, model.sequence_length)
+        if options.tokens_per_step is None
+        else options.tokens_per_step,
         precision=options.precision,
         max_cp=options.max_cp,
         num_plans=options.top,
@@ -93,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         nargs="+",
         default=[],
-        help="what is not to be chosen, such as tp=8 zero=1 recompute=full",
+        help="what is not to be chosen, such as tp=8 zero=1 recompute=full; of "
+        + ", ".join(CHOICES),
     )
     parser.add_argument("--top", type=int, default=10, help="plans to print")
     parser.add_argument(
@@ -166,17 +170,24 @@ def _fixed(pairs: list[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals or not text:
             raise ValueError(f"--fix {pair} is no NAME=VALUE; write it as in tp=8")
+        field = name.replace("-", "_")
+        if field not in CHOICES or field in fixed:
+            problem = "is there twice" if field in fixed else "names no choice"
+            raise ValueError(
+                f"--fix {pair} {problem}; choose one value for each of "
+                f"{', '.join(CHOICES)}"
+            )
         words = {"true": True, "false": False}
-        fixed[name.replace("-", "_")] = (
-            int(text) if text.isdecimal() else words.get(text.lower(), text)
-        )
+        fixed[field] = int(text) if text.isdecimal() else words.get(text.lower(), text)
     return fixed
 
 
 def _title(best: Plan) -> str:
     job = best.configuration
+    size = job.model.num_parameters
+    unit, word = (1e9, "billion") if size >= 1e9 else (1e6, "million")
     return (
-        f"{job.model.num_parameters / 1e9:.3g} billion parameters, sequences of "
+        f"{size / unit:.3g} {word} parameters, sequences of "
         f"{job.model.sequence_length:,} tokens, {job.tokens_per_step:,} tokens a step "
         f"on {job.world_size:,} x {best.estimate.hardware.name}:"
     )

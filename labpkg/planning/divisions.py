@@ -19,12 +19,15 @@ from labpkg.planning.configuration import PRECISIONS, Configuration
 from labpkg.planning.hardware import Hardware
 from labpkg.planning.memory import usable_bytes
 from labpkg.planning.neighbours import schedule_choices
-from labpkg.planning.shapes import ModelShape
+from labpkg.planning.shapes import ModelShape, is_size
 
-_CHOICES = (
-    *("dp", "tp", "pp", "cp", "zero", "micro_batch_size", "grad_accum_steps"),
-    *("recompute", "schedule", "num_virtual_stages", "sequence_parallel"),
+_SIZES = (
+    *("dp", "tp", "pp", "cp", "micro_batch_size", "grad_accum_steps"),
+    "num_virtual_stages",
 )
+_NAMED = ("zero", "recompute", "schedule", "sequence_parallel")
+CHOICES = (*_SIZES, *_NAMED)
+"""Fields of `Configuration` that a planner chooses, unless they are decided."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +59,7 @@ class Task:
 
     def __post_init__(self) -> None:
         for name in ("world_size", "tokens_per_step", "max_cp"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value} must be an integer of at least 1")
+            check_size(name, getattr(self, name))
         if not 0 <= self.spare_memory < 1:
             raise ValueError(
                 f"spare_memory={self.spare_memory} must be a share from 0 to below 1; "
@@ -69,16 +70,25 @@ class Task:
                 f"precision={self.precision!r} is unknown; choose one of "
                 f"{', '.join(PRECISIONS)}"
             )
-        for name in self.fixed:
-            if name not in _CHOICES:
-                raise ValueError(
-                    f"{name}={self.fixed[name]!r} cannot be fixed; the planner chooses "
-                    f"{', '.join(_CHOICES)}"
-                )
-        named = ("zero", "recompute", "schedule")
-        names = {name: self.fixed[name] for name in named if name in self.fixed}
-        Configuration(model=self.model, gpus_per_node=1, **names)  # knows which exist
+        self._check_fixed()
         self._check_multiples()
+
+    def _check_fixed(self) -> None:
+        for name, value in self.fixed.items():
+            if name not in CHOICES:
+                raise ValueError(
+                    f"{name}={value!r} cannot be fixed; the planner chooses "
+                    f"{', '.join(CHOICES)}"
+                )
+            if name in _SIZES:
+                check_size(name, value)
+        cut = self.fixed.get("sequence_parallel")
+        if cut is not None and not isinstance(cut, bool):
+            raise ValueError(
+                f"sequence_parallel={cut!r} must be True or False; choose one"
+            )
+        names = {name: self.fixed[name] for name in _NAMED if name in self.fixed}
+        Configuration(model=self.model, gpus_per_node=1, **names)  # knows which exist
 
     def _check_multiples(self) -> None:
         length, per_node = self.model.sequence_length, self.hardware.gpus_per_node
@@ -184,6 +194,22 @@ class Task:
 
     def _open(self, name: str, values: Iterable[int]) -> list[int]:
         return [value for value in values if self._allows({name: value})]
+
+
+def check_size(name: str, value: object) -> None:
+    """Refuse what is no whole number above 0.
+
+    Args:
+        name: Of the value.
+        value: Whatever was given.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not is_size(value) or isinstance(value, bool):
+        raise ValueError(
+            f"{name}={value!r} must be an integer of at least 1; choose one"
+        )
 
 
 def _divisors(number: int) -> list[int]:

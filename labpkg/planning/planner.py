@@ -18,7 +18,8 @@ from dataclasses import replace
 from typing import Any
 
 from labpkg.planning.configuration import Configuration
-from labpkg.planning.divisions import Task
+from labpkg.planning.constants import FITTED
+from labpkg.planning.divisions import Task, check_size
 from labpkg.planning.estimates import Estimate, estimate
 from labpkg.planning.hardware import Hardware, find_hardware
 from labpkg.planning.memory import peak_memory
@@ -91,8 +92,7 @@ def plan(
         fixed=fixed,
     )
     for name, value in (("num_plans", num_plans), ("variants", variants)):
-        if value < 1:
-            raise ValueError(f"{name}={value} is below 1; choose 1 or more")
+        check_size(name, value)
     search = _Search(task, num_plans=num_plans, variants=variants).run()
     if search.leanest is None:
         raise ValueError(_nothing_divides(task))
@@ -120,7 +120,9 @@ class _Search:
         self.best: list[Estimate] = []
         self.leanest: Configuration | None = None
         self.least_bytes = math.inf
-        self._too_large: dict[tuple[Any, ...], int] = {}  # the smallest micro-batch
+        self._too_large: dict[tuple[Any, ...], float] = {}  # the smallest micro-batch
+        self._bytes: dict[tuple[Any, ...], float] = {}
+        self._is_open = task.fixed.keys().isdisjoint(_BATCH)
         self._alike = defaultdict[_Axes, list[Estimate]](list)
         self._layer_s: dict[tuple[Any, ...], float] = {}
 
@@ -160,21 +162,38 @@ class _Search:
         return len(alike) == self.variants and least_s > alike[-1].step_s
 
     def _consider(self, choices: Mapping[str, Any], axes: _Axes) -> None:
-        # Half the micro-batch never needs more: twice as many micro-batches fill what a
-        # schedule keeps at most. Between divisors that are closer, an uneven group of
-        # the interleaved schedule can.
+        # Half the micro-batch never needs more, but for logits: twice as many micro-
+        # batches fill what a schedule keeps at most. Between divisors that are closer,
+        # an uneven group of the interleaved schedule can. So if not even single
+        # sequences fit, none do.
         size: int = choices["micro_batch_size"]
         others = (axes, *map(choices.get, _REST))
-        if 2 * self._too_large.get(others, size) <= size:
+        if others not in self._too_large:
+            is_hopeless = self._is_open and self._excess(choices, 1) > _FEWER_LOGITS
+            self._too_large[others] = 1 if is_hopeless else math.inf
+        if 2 * self._too_large[others] <= size:
             return
-        job = self.task.job(choices)
-        num_bytes = peak_memory(job).num_bytes
-        if num_bytes < self.least_bytes:
-            self.leanest, self.least_bytes = job, num_bytes
-        if num_bytes > self.task.most_bytes:
-            self._too_large[others] = min(size, self._too_large.get(others, size))
-            return
-        self._keep(estimate(job, self.task.hardware), self._alike[axes])
+        if (excess := self._excess(choices, size)) <= 1:
+            own = estimate(self.task.job(choices), self.task.hardware)
+            self._keep(own, self._alike[axes])
+        elif excess > _FEWER_LOGITS:
+            while self._is_open and size % 2 == 0:
+                if self._excess(choices, size // 2) <= _FEWER_LOGITS:
+                    break
+                size //= 2
+            self._too_large[others] = min(size, self._too_large[others])
+
+    def _excess(self, choices: Mapping[str, Any], size: int) -> float:
+        """Return what a job with micro-batches of this size needs over what it may."""
+        passes = choices["micro_batch_size"] * choices["grad_accum_steps"] // size
+        key = *map(choices.get, _AXES), *map(choices.get, _REST), size
+        if key not in self._bytes:
+            batch = {"micro_batch_size": size, "grad_accum_steps": passes}
+            job = self.task.job({**choices, **batch})
+            self._bytes[key] = num_bytes = peak_memory(job).num_bytes
+            if num_bytes < self.least_bytes:
+                self.leanest, self.least_bytes = job, num_bytes
+        return self._bytes[key] / self.task.most_bytes
 
     def _keep(self, own: Estimate, alike: list[Estimate]) -> None:
         """Put an estimate into the list, unless enough with its axes are better."""
@@ -190,6 +209,8 @@ class _Search:
 _Axes = tuple[Any, ...]
 _AXES = ("dp", "tp", "pp", "cp")
 _REST = ("zero", "recompute", "schedule", "num_virtual_stages")
+_FEWER_LOGITS = 1 / min(1.0, FITTED.logit_copies)  # of one pass than of more in flight
+_BATCH = ("micro_batch_size", "grad_accum_steps")
 _WORK = ("tp", "cp", "micro_batch_size", "recompute")  # besides, whether pp > 1 etc.
 
 
@@ -210,14 +231,27 @@ def _order(own: Estimate) -> tuple[Any, ...]:
 
 
 def _nothing_divides(task: Task) -> str:
-    model, T = task.model, task.model.sequence_length
-    chosen = "".join(f" with {name}={value}" for name, value in task.fixed.items())
+    model, tokens = task.model, task.world_size * task.model.sequence_length
+    chosen = _named(task.fixed)
+    free, larger = replace(task, fixed={}), replace(task, tokens_per_step=tokens)
+    remedies = [f"other values than {chosen}"] * (bool(chosen) and _divides(free))
+    remedies += [f"tokens_per_step={tokens} or a multiple"] * _divides(larger)
+    if not remedies:
+        remedies = [f"other values than {chosen} and tokens_per_step={tokens}"]
     return (
-        f"no dp x tp x pp = world_size={task.world_size}{chosen} divides the batch of "
-        f"{task.sequences} sequences, {model.num_heads} heads, ffn_width="
-        f"{model.ffn_width} and {model.num_layers} layers; choose tokens_per_step="
-        f"{task.world_size * T} or a multiple, or a world_size that is a power of 2"
+        f"no dp x tp x pp = world_size={task.world_size}{chosen and f' with {chosen}'} "
+        f"divides the batch of {task.sequences} sequences, {model.num_heads} heads, "
+        f"ffn_width={model.ffn_width} and {model.num_layers} layers; choose "
+        f"{', or '.join(remedies)}"
     )
+
+
+def _named(fixed: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in fixed.items())
+
+
+def _divides(task: Task) -> bool:
+    return next(task.families(), None) is not None
 
 
 def _nothing_fits(task: Task, leanest: Configuration) -> str:
@@ -227,8 +261,7 @@ def _nothing_fits(task: Task, leanest: Configuration) -> str:
     if task.spare_memory and _fits_somewhere(replace(task, spare_memory=0.0)):
         remedies.insert(0, "spare_memory=0, which may crash")
     if task.fixed and _fits_somewhere(replace(task, fixed={})):
-        names = ", ".join(f"{name}={value!r}" for name, value in task.fixed.items())
-        remedies.insert(0, f"other values than {names}")
+        remedies.insert(0, f"other values than {_named(task.fixed)}")
     if task.max_cp == 1 and _fits_somewhere(replace(task, max_cp=_MOST_CP)):
         remedies.insert(0, f"max_cp={_MOST_CP}, which divides sequences")
     if more := _world_size_that_fits(task):

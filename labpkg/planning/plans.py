@@ -215,8 +215,10 @@ def describe(job: Configuration) -> str:
     words += [f"ZeRO {job.zero}"] * (job.zero > 0)
     words += [_schedule(job)] * (job.pp > 1)
     words += [f"{job.recompute} recomputation"] * (job.recompute != "none")
-    passes = "micro-batches" if job.pp > 1 else "passes"
-    words += [f"{job.grad_accum_steps} {passes} of size {job.micro_batch_size}"]
+    passes = f"{job.grad_accum_steps} " + ("micro-batch" if job.pp > 1 else "pass")
+    if job.grad_accum_steps > 1:
+        passes += "es"
+    words += [f"{passes} of size {job.micro_batch_size}"]
     return ", ".join(words)
 
 
@@ -271,8 +273,8 @@ def _verdict(own: Estimate, other: Estimate) -> str:
     changed = ", ".join(
         f"{name} {after[name]} for {before[name]}"
         for name in after
-        if after[name] != before[name] and "-" not in (after[name], before[name])
-    )
+        if after[name] != before[name] and after[name] != "-"
+    ).replace(" for -", "")
     if not other.fits:
         return (
             f"  {changed}: does not fit, {other.memory_bytes / _GIB:.1f} GiB of "
@@ -281,7 +283,13 @@ def _verdict(own: Estimate, other: Estimate) -> str:
     change = other.step_s / own.step_s - 1
     word = "slower" if change >= 0 else "faster"
     reasons = _largest_changes(own.time_terms, other.time_terms)
-    return f"  {changed}: {abs(change):.1%} {word}, {reasons}"
+    tight = ""
+    if change < 0 and other.memory_bytes > (1 - MEMORY_ERROR) * other.usable_bytes:
+        tight = (
+            f", but tight: {other.memory_bytes / _GIB:.1f} GiB of "
+            f"{other.usable_bytes / _GIB:.1f}"
+        )
+    return f"  {changed}: {abs(change):.1%} {word}, {reasons}{tight}"
 
 
 def _choices(job: Configuration) -> dict[str, Any]:

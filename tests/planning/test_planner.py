@@ -13,8 +13,10 @@ from labpkg.planning.configuration import RECOMPUTE, Configuration
 from labpkg.planning.divisions import Task
 from labpkg.planning.estimates import estimate
 from labpkg.planning.hardware import find_hardware
+from labpkg.planning.memory import peak_memory
 from labpkg.planning.models import find_model
-from labpkg.planning.planner import _fill, _Search, plan
+from labpkg.planning.neighbours import schedule_choices
+from labpkg.planning.planner import _FEWER_LOGITS, _fill, _Search, plan
 from labpkg.planning.shapes import ModelShape
 from labpkg.planning.step_time import step_time
 from tests.planning.orders import few
@@ -143,6 +145,30 @@ def test_more_memory_never_hurts(world, sequences, memory):
     assert all(after[axes] <= before[axes] for axes in before)
 
 
+@few(8)
+@given(
+    pp=st.sampled_from([1, 2, 4, 5, 8]),
+    passes=st.integers(1, 12),
+    times=st.integers(2, 8),
+    recompute=st.sampled_from(RECOMPUTE),
+)
+def test_single_sequences_need_no_more_but_for_logits(pp, passes, times, recompute):
+    gpipe = {"schedule": "gpipe", "num_virtual_stages": 1}
+    for schedule in [*schedule_choices(8, pp), *[gpipe] * (pp > 1)]:
+        job = Configuration(
+            model=SMALL,
+            gpus_per_node=2 * pp,
+            dp=2,
+            pp=pp,
+            grad_accum_steps=passes * times,
+            recompute=recompute,
+            **schedule,
+        )
+        many = replace(job, micro_batch_size=times, grad_accum_steps=passes)
+        single_bytes, bytes_ = (peak_memory(j).num_bytes for j in (job, many))
+        assert single_bytes <= _FEWER_LOGITS * bytes_
+
+
 def test_no_step_undercuts_its_bound():
     task = Task(
         model=find_model("llama2-7b"),
@@ -242,7 +268,11 @@ def test_a_tenth_of_the_memory_is_free_by_default():
         (("llama3-8b", "h100", 8, 2**22), {"spare_memory": 10}, "choose 0.1"),
         (("llama3-8b", "h100", 8, 2**22), {"precision": "fp8"}, "bf16, fp16, fp32"),
         (("llama3-8b", "h100", 8, 2**22), {"ep": 2}, "ep=2 cannot be fixed"),
-        (("llama3-8b", "h100", 8, 2**22), {"tp": 3}, "with tp=3"),
+        (("llama3-8b", "h100", 8, 2**22), {"tp": 3}, "; choose other values than tp=3"),
+        (("llama3-8b", "h100", 8, 2**13), {"tp": 16, "pp": 1}, "=16, pp=1 divides"),
+        (("llama3-8b", "h100", 8, 2**13), {"dp": 8}, "8, or tokens_per_step=65536"),
+        (("llama3-8b", "h100", 8, 2**22), {"tp": True}, "tp=True must be"),
+        (("llama3-8b", "h100", 8, 2**22), {"sequence_parallel": 1}, "True or False"),
         (("llama3-8b", "h100", 8, 2**22), {"zero": 4}, "0, 1, 2 or 3"),
         (("llama3-8b", "h100", 8, 2**22), {"schedule": "1b1f"}, "gpipe, 1f1b"),
         (("llama3-8b", "h100", 8, 2**22), {"recompute": "all"}, "selective, full"),
@@ -262,6 +292,11 @@ def test_a_refusal_names_what_would_help():
     gib = int(re.findall(r"GPUs with (\d+) GiB", str(refusal.value))[0])
     roomy = replace(H100, memory_bytes=(gib + 1) / 0.8 * 2**30)
     assert plan("llama2-70b", roomy, 4, 2**22)
+
+
+def test_a_refusal_keeps_to_what_was_fixed():
+    with pytest.raises(ValueError, match=r"leanest .* passes of size 4\)"):
+        plan("llama2-70b", "h100", 8, 2**22, micro_batch_size=4)
 
 
 def test_a_refusal_says_what_would_just_fit():

@@ -88,6 +88,28 @@ def test_an_explanation_says_why_each_neighbour_lost():
         assert says in line
 
 
+def test_a_faster_neighbour_that_is_tight_is_called_so():
+    plan = _plan(zero=2)
+    tight = [o for o in neighbours(plan.estimate) if o.step_s < plan.estimate.step_s]
+    needed = max(tight, key=lambda o: o.memory_bytes).memory_bytes
+    share = plan.estimate.usable_bytes / H100.memory_bytes
+    small = replace(H100, memory_bytes=1.05 * needed / share)
+    text = Plan(estimate=estimate(plan.configuration, small)).explain()
+    assert f"but tight: {needed / 2**30:.1f} GiB of {1.05 * needed / 2**30:.1f}" in text
+    assert "but tight" not in plan.explain()
+
+
+def test_a_new_pipeline_names_its_schedule():
+    assert "pp 2 for 1, schedule 1f1b: " in _plan(pp=1, dp=8).explain()
+
+
+def test_one_pass_is_no_passes():
+    assert describe(replace(JOB, pp=1, dp=8, grad_accum_steps=1)).endswith(
+        "1 pass of size 1"
+    )
+    assert describe(JOB).endswith("16 micro-batches of size 1")
+
+
 def test_a_neighbour_on_one_stage_has_no_schedule():
     jobs = [own.configuration for own in neighbours(_plan(pp=2).estimate)]
     assert {(j.schedule, j.num_virtual_stages) for j in jobs if j.pp == 1} == {
