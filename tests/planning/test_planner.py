@@ -290,8 +290,21 @@ def test_a_refusal_names_what_would_help():
     enough = int(re.findall(r"world_size=(\d+)", str(refusal.value))[0])
     assert plan("llama2-70b", "h100", enough, 2**22)
     gib = int(re.findall(r"GPUs with (\d+) GiB", str(refusal.value))[0])
-    roomy = replace(H100, memory_bytes=(gib + 1) / 0.8 * 2**30)
+    roomy = replace(H100, memory_bytes=(gib + 1) / 0.95 * 2**30)
     assert plan("llama2-70b", roomy, 4, 2**22)
+
+
+def test_a_refusal_proposes_to_divide_long_sequences():
+    T, tokens = 2**20, 2**26
+    with pytest.raises(ValueError, match=r"max_cp=64, which divides"):
+        plan("llama3-8b", "h100", 64, tokens, sequence_length=T, tp=1)
+    assert plan("llama3-8b", "h100", 64, tokens, sequence_length=T, tp=1, max_cp=64)
+
+
+def test_uneven_feed_forward_parts_are_not_cut():
+    model = replace(SMALL, ffn_width=4098)
+    plans = plan(model, "h100", 8, 8 * 1024, num_plans=99)
+    assert {p.configuration.tp for p in plans} == {1, 2}
 
 
 def test_a_refusal_keeps_to_what_was_fixed():
