@@ -39,7 +39,7 @@ from scripts.published_runs import (
 
 WEIGHT = 20.0
 NAMES = ("activation_copies", "gathered_inputs", "logit_copies")
-STARTS = (1.1, 0.3, 1.2)
+STARTS = (1.1, 0.3, 2.0)
 STEPS = (0.1, 0.2, 0.4)
 RESERVES = tuple(round(0.01 * step, 2) for step in range(3, 9))
 REGIONS: dict[str, Callable[[Configuration], bool]] = {

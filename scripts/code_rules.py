@@ -295,10 +295,13 @@ def _definition(
 
 
 def _value_problems(module: Module, node: ast.AnnAssign) -> list[tuple[int, str]]:
-    for below in module.tree.body:
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            if below.lineno == (node.end_lineno or node.lineno) + 1:
-                return []
+    strings = {
+        below.lineno
+        for below in module.tree.body
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+    }
+    if (node.end_lineno or node.lineno) + 1 in strings:
+        return []
     return [(node.lineno, " has no string below it")]
 
 

@@ -132,6 +132,7 @@ def _mosaicml_job(row: Mapping[str, str]) -> Configuration:
         grad_accum_steps=int(float(row["GradAccum"])),
         zero=3,
         recompute="full" if row["Activation Checkpointing"] == "True" else "none",
+        fused_loss=True,  # the default of llm-foundry's MPT
     )
 
 

@@ -52,6 +52,8 @@ class Configuration:
             with flash attention), full (all but the input of each layer).
         precision: Of the matrix products: bf16, fp16 or fp32.
         schedule: Order of the pipeline's actions, a key of `SCHEDULES`.
+        fused_loss: Whether one kernel makes loss and gradient out of the logits, with
+            no copies of them beside.
 
     Raises:
         ValueError: If a size is no whole number above 0, axes do not multiply to the
@@ -74,6 +76,7 @@ class Configuration:
     recompute: str = "none"
     precision: str = "bf16"
     schedule: str = "1f1b"
+    fused_loss: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelShape):

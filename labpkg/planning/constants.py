@@ -113,7 +113,7 @@ class Constants:
 
     # Memory
     activation_copies: float = _fitted(
-        1.13,
+        1.11,
         "bytes that a layer keeps, as a multiple of what backward needs: copies and "
         "casts of kernels",
         "1",
@@ -121,7 +121,7 @@ class Constants:
         1.6,
     )
     gathered_inputs: float = _fitted(
-        0.47,
+        0.3,
         "share of the inputs gathered under sequence parallelism that stays for "
         "backward instead of being gathered again",
         "1",
@@ -129,11 +129,11 @@ class Constants:
         1.0,
     )
     logit_copies: float = _fitted(
-        0.93,
-        "float32 tensors of the logits that the loss has at once, with its gradient: "
-        "0.5 to 1 if it is fused, 2 to 4 if it is not",
+        3.6,
+        "float32 tensors of the logits that a loss has at once, with its gradient, if "
+        "no kernel fuses it",
         "1",
-        0.5,
+        1.0,
         5.0,
     )
     reserved_memory: float = _fitted(

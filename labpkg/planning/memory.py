@@ -1,12 +1,11 @@
 """Peak memory of a training job on its fullest GPU, term by term.
 
 Contract: bytes of tensors that are allocated at the same time, as
-`torch.cuda.max_memory_allocated` reports them; 1 GiB is 2^30 bytes. What is arithmetic
-is exact and has no fitted number: elements of a stage, bytes of their state
-(`state_bytes`), numbers that a layer keeps (`layer_activation_bytes`), micro-batches
-that a schedule keeps (`stages.in_flight`). `Constants` adds what kernels and the
-allocator cost beyond that. Mixed precision keeps half weights, float32 gradients, and
-a float32 copy and two moments for AdamW: 18 bytes for each parameter.
+`torch.cuda.max_memory_allocated` reports them. What is arithmetic is exact: elements of
+a stage, bytes of their state (`state_bytes`), numbers that a layer keeps
+(`layer_activation_bytes`), micro-batches that a schedule keeps (`stages.in_flight`).
+`Constants` adds what kernels and the allocator cost. Mixed precision keeps half
+weights, float32 gradients, a float32 copy and two moments for AdamW: 18 bytes each.
 
 Letters: B micro-batch, T sequence, D width, F feed-forward, N heads, H head width, L
 layers, V vocabulary, P ranks of the pipeline, M micro-batches. Standard library only.
@@ -253,13 +252,14 @@ def _moments(c: Configuration, rank: int, constants: Constants) -> tuple[_Parts,
     copy = _FULL * _tokens(c) * c.model.vocab_size / c.tp
     kept, again = _activations(c, rank, constants)
     kept += heads * _tokens(c) * _itemsize(c) * (2 * c.model.width + 2) / _outside(c)
-    # One copy stays for each micro-batch in flight; only one of them has the others.
+    # Of micro-batches in flight one copy stays; only one of them has the others.
+    copies = heads if c.fused_loss else heads - 1 + constants.logit_copies
     loss = _Parts(
         *state_bytes(elements, precision=c.precision, zero=_zero(c), n=c.dp * c.cp),
         buckets=_buckets(c, elements),
         activations=kept,
         recomputed=0.0,
-        logits=copy * (heads - 1 + constants.logit_copies) if heads else 0.0,
+        logits=copy * copies if heads else 0.0,
         gathered=_gathered(c, shares, elements),
     )
     return loss, loss._replace(recomputed=again, logits=copy * max(heads - 1, 0))

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from labpkg.planning.configuration import Configuration
-from labpkg.planning.constants import Constants
+from labpkg.planning.constants import FITTED, Constants
 from labpkg.planning.cost import activation_bytes
 from labpkg.planning.hardware import find_hardware
 from labpkg.planning.layout import SCHEDULES
@@ -224,6 +224,13 @@ def test_tensor_parallel_ranks_divide_the_head():
     logits = 4 * GPT.sequence_length * GPT.vocab_size / 2
     assert head(sequence_parallel=False) == (norm, logits)
     assert head() == (norm / 2, logits)
+
+
+def test_a_fused_loss_has_the_logits_once():
+    fused, plain = (peak_memory(job(fused_loss=fused)) for fused in (True, False))
+    logits = 4 * GPT.sequence_length * GPT.vocab_size
+    assert term(fused, "logits") == logits
+    assert term(plain, "logits") == pytest.approx(FITTED.logit_copies * logits)
 
 
 def test_rotary_positions_keep_queries_and_keys_twice():
