@@ -38,6 +38,25 @@ def test_bars_stack_terms_in_the_unit():
     assert [label.get_text() for label in ax.get_yticklabels()] == ["dp", "zero3"]
     assert list(ax.lines[0].get_xdata()) == [5, 5]
     assert ax.get_xlabel() == "GiB"
+    assert ax.yaxis_inverted()  # the first bar is the uppermost
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["limit", "weights", "gradients", "other"]
+
+
+def test_the_longest_bar_says_what_is_small():
+    ax = Figure().subplots()
+    lab.plot.terms(BARS, unit="GiB", smallest=0.004, ax=ax)
+    assert list(bars_of(ax)) == ["weights", "gradients", "other"]
+    lab.plot.terms(BARS, unit="GiB", smallest=0.02 / 6, ax=(ax := Figure().subplots()))
+    assert list(bars_of(ax)) == ["weights", "gradients", "logits", "other"]
+    shade = to_hex(ax.containers[-1].patches[0].get_facecolor())
+    assert shade == "#bbbbbb"  # no colour of a term
+
+
+def test_a_term_may_be_nothing():
+    bars = {"alone": [Term("arithmetic", 2.0, "", ""), Term("traffic", 0.0, "", "")]}
+    drawn = bars_of(lab.plot.terms(bars, unit="s", ax=Figure().subplots()))
+    assert drawn == {"arithmetic": [(0, 2)]}
 
 
 def test_small_terms_can_be_named():
@@ -80,7 +99,11 @@ def test_pairs_are_drawn_measured_to_the_right():
     assert twice.get_ydata()[0] == 2 * twice.get_xdata()[0] == 4 * half.get_ydata()[0]
     assert [mark.get_label() for mark in marks] == ["1B", "8B"]
     assert [list(xy) for xy in marks[0].get_data()] == [[50, 20], [100, 10]]
-    assert ax.get_xlim() == ax.get_ylim()
+    assert ax.get_xlim() == ax.get_ylim() == pytest.approx((10 / 1.3, 130))
+    assert (ax.get_xscale(), ax.get_yscale(), ax.get_aspect()) == ("log", "log", 1)
+    assert ax.get_xlabel() == "measured tokens/s per GPU"
+    assert ax.get_ylabel() == "predicted tokens/s per GPU"
+    assert marks[0].get_marker() != marks[1].get_marker()
 
 
 @pytest.mark.parametrize("groups", [{}, {"a": []}, {"a": [(1.0, 0.0)]}])
