@@ -25,7 +25,7 @@ _SIZES = (
     *("dp", "tp", "pp", "cp", "micro_batch_size", "grad_accum_steps"),
     "num_virtual_stages",
 )
-_NAMED = ("zero", "recompute", "schedule", "sequence_parallel")
+_NAMED = ("zero", "recompute", "schedule", "sequence_parallel", "fused_loss")
 CHOICES = (*_SIZES, *_NAMED)
 """Fields of `Configuration` that a planner chooses, unless they are decided."""
 
@@ -82,11 +82,10 @@ class Task:
                 )
             if name in _SIZES:
                 check_size(name, value)
-        cut = self.fixed.get("sequence_parallel")
-        if cut is not None and not isinstance(cut, bool):
-            raise ValueError(
-                f"sequence_parallel={cut!r} must be True or False; choose one"
-            )
+        for name in ("sequence_parallel", "fused_loss"):
+            chosen = self.fixed.get(name)
+            if chosen is not None and not isinstance(chosen, bool):
+                raise ValueError(f"{name}={chosen!r} must be True or False; choose one")
         names = {name: self.fixed[name] for name in _NAMED if name in self.fixed}
         Configuration(model=self.model, gpus_per_node=1, **names)  # knows which exist
 
@@ -141,6 +140,7 @@ class Task:
             gpus_per_node=per_node,
             precision=self.precision,
             sequence_parallel=self.fixed.get("sequence_parallel"),
+            fused_loss=self.fixed.get("fused_loss", False),
             **choices,
         )
 

@@ -220,10 +220,12 @@ def make_configuration(values: Mapping[str, Value]) -> Configuration:
             recompute=str(values["recompute"]),
             precision=str(values["precision"]),
             schedule=schedule,
-            **{
-                name: number[name]
-                for name in ("nodes", "gpus_per_node", "dp", "tp", "pp", "cp")
-            },
+            nodes=number["nodes"],
+            gpus_per_node=number["gpus_per_node"],
+            dp=number["dp"],
+            tp=number["tp"],
+            pp=number["pp"],
+            cp=number["cp"],
         )
     except ValueError as error:
         in_columns = _FIELD.sub(lambda field: _FIELDS[field[0]], str(error))

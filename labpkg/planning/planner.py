@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import Any
 
 from labpkg.planning.configuration import Configuration
-from labpkg.planning.constants import FITTED
 from labpkg.planning.divisions import Task, check_size
 from labpkg.planning.estimates import Estimate, estimate
 from labpkg.planning.hardware import Hardware, find_hardware
@@ -162,23 +161,22 @@ class _Search:
         return len(alike) == self.variants and least_s > alike[-1].step_s
 
     def _consider(self, choices: Mapping[str, Any], axes: _Axes) -> None:
-        # Half the micro-batch never needs more, but for logits: twice as many micro-
-        # batches fill what a schedule keeps at most. Between divisors that are closer,
-        # an uneven group of the interleaved schedule can. So if not even single
-        # sequences fit, none do.
+        # Half the micro-batch never needs more: twice as many micro-batches fill what
+        # a schedule keeps at most. Between divisors that are closer, an uneven group of
+        # the interleaved schedule can. So if not even single sequences fit, none do.
         size: int = choices["micro_batch_size"]
         others = (axes, *map(choices.get, _REST))
         if others not in self._too_large:
-            is_hopeless = self._is_open and self._excess(choices, 1) > _FEWER_LOGITS
+            is_hopeless = self._is_open and self._excess(choices, 1) > 1
             self._too_large[others] = 1 if is_hopeless else math.inf
         if 2 * self._too_large[others] <= size:
             return
-        if (excess := self._excess(choices, size)) <= 1:
+        if self._excess(choices, size) <= 1:
             own = estimate(self.task.job(choices), self.task.hardware)
             self._keep(own, self._alike[axes])
-        elif excess > _FEWER_LOGITS:
+        else:
             while self._is_open and size % 2 == 0:
-                if self._excess(choices, size // 2) <= _FEWER_LOGITS:
+                if self._excess(choices, size // 2) <= 1:
                     break
                 size //= 2
             self._too_large[others] = min(size, self._too_large[others])
@@ -209,7 +207,6 @@ class _Search:
 _Axes = tuple[Any, ...]
 _AXES = ("dp", "tp", "pp", "cp")
 _REST = ("zero", "recompute", "schedule", "num_virtual_stages")
-_FEWER_LOGITS = 1 / min(1.0, FITTED.logit_copies)  # of one pass than of more in flight
 _BATCH = ("micro_batch_size", "grad_accum_steps")
 _WORK = ("tp", "cp", "micro_batch_size", "recompute")  # besides, whether pp > 1 etc.
 

@@ -90,11 +90,22 @@ class _Costs(NamedTuple):
 
 
 class _Pipeline(NamedTuple):
-    """Which loads ranks have, and the slowest of them."""
+    """What the ranks do, and which of them sets the pace.
+
+    Attributes:
+        slowest: Of one micro-batch on that rank.
+        num_layers: On that rank.
+        others_s: A pass of each other rank, together.
+        filled_s: How long it waits for them.
+        extra_s: How long it waits besides, for want of micro-batches or launches, less
+            what of its own work fills the time.
+    """
 
     slowest: Work
-    others_s: float
     num_layers: int
+    others_s: float
+    filled_s: float
+    extra_s: float
 
 
 def step_time(
@@ -183,9 +194,37 @@ def _pipeline(job: Configuration, costs: _Costs) -> _Pipeline:
         (costs.of(n, head=head), n, times)
         for n, head, times in _loads(job.model, job.pp, v, down_and_up)
     ]
-    slowest, num_layers, _ = max(loads, key=lambda load: load[0].seconds)
-    all_s = sum(times * work.seconds for work, _, times in loads)
-    return _Pipeline(slowest, all_s - slowest.seconds, num_layers)
+    waits = [_waits(job, work) for work, _, _ in loads]
+    own_s = [
+        job.grad_accum_steps * work.seconds + extra_s - filled_s
+        for (work, _, _), (filled_s, extra_s) in zip(loads, waits, strict=True)
+    ]
+    pace = max(range(len(loads)), key=own_s.__getitem__)
+    work, num_layers, _ = loads[pace]
+    passes_s = sum(times * load.seconds for load, _, times in loads)
+    fills_s = sum(n * wait[0] for (_, _, n), wait in zip(loads, waits, strict=True))
+    filled_s, extra_s = waits[pace]
+    others = passes_s - work.seconds, fills_s - filled_s
+    return _Pipeline(work, num_layers, *others, extra_s)
+
+
+def _waits(job: Configuration, work: Work) -> tuple[float, float]:
+    """How long another rank waits for one with this work, and how long that one does.
+
+    The latter is besides what it waits for others, of which there are P - 1.
+    """
+    P, M, v = job.pp, job.grad_accum_steps, stages_per_rank(job)
+    if job.schedule == "interleaved":
+        return work.seconds / v, (v - 1) / v * max(0, P - M) * work.seconds
+    if P == 1 or not job.schedule.startswith("zb"):
+        return work.seconds, 0.0
+    # A rank waits for F and I of the others, and fills that time with its own W, as far
+    # as there are micro-batches. Each half waits for its launches.
+    weights = max(work.weights, work.host / 3)
+    others = max(work.gpu_s - work.weights, 2 / 3 * work.host)
+    missing = max(0, P - M) if v == 1 else max(0, 3 * P - 1 - 2 * M) / 2
+    filled = ((P - 1) / v - missing) * weights
+    return others / v, M * (others + weights - work.seconds) - filled
 
 
 def _terms(rows: Iterable[tuple[str, float, str]]) -> list[Term]:
@@ -214,48 +253,22 @@ def _work_terms(
     return _terms((name, M * once, each + formula) for name, once, formula in rows)
 
 
-class _Bubble(NamedTuple):
-    """Idle time of the slowest rank.
-
-    Attributes:
-        fill: What it waits for each other rank, as a share of that rank's pass.
-        extra: Own passes that it waits besides, for want of micro-batches.
-    """
-
-    fill: float
-    extra: float
-
-
-def _bubble(job: Configuration, work: Work) -> _Bubble:
-    P, M, v = job.pp, job.grad_accum_steps, stages_per_rank(job)
-    if job.schedule == "interleaved":
-        return _Bubble(1 / v, (v - 1) / v * max(0, P - M))
-    if not job.schedule.startswith("zb"):
-        return _Bubble(1.0, 0.0)
-    # Filling and draining take F + I - W of each other stage instead of F + I + W.
-    weights = 1 / 3 if work.host > work.gpu_s else work.weights / work.gpu_s
-    fill = (1 - 2 * weights) / v
-    missing = max(0, P - M) if v == 1 else max(0, 3 * P - 1 - 2 * M) / 2
-    return _Bubble(fill, missing / 3)
-
-
 def _pipeline_terms(
     job: Configuration, costs: _Costs, pipeline: _Pipeline
 ) -> list[Term]:
     P, M, v = job.pp, job.grad_accum_steps, stages_per_rank(job)
     if P == 1:
         return []
-    fill, extra = _bubble(job, pipeline.slowest)
-    idle = fill * pipeline.others_s + extra * pipeline.slowest.seconds
     borders = M * v * (P - 1) / P + P - 1
     waited = (
-        f"{fill:.2f} x a pass of each of {P - 1} other ranks + {extra:.1f} own passes "
+        f"{pipeline.filled_s / pipeline.others_s:.2f} x a pass of each of {P - 1} "
+        f"other ranks {pipeline.extra_s / pipeline.slowest.seconds:+.1f} own passes "
         f"({job.schedule}, P={P}, M={M}, v={v})"
     )
     sent = borders * costs.traffic["pp", "border"]
     return _terms(
         (
-            ("pipeline bubble", idle, waited),
+            ("pipeline bubble", pipeline.filled_s + pipeline.extra_s, waited),
             ("pipeline messages", sent, f"{borders:.0f} borders, there and back"),
         )
     )

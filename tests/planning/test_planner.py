@@ -16,7 +16,7 @@ from labpkg.planning.hardware import find_hardware
 from labpkg.planning.memory import peak_memory
 from labpkg.planning.models import find_model
 from labpkg.planning.neighbours import schedule_choices
-from labpkg.planning.planner import _FEWER_LOGITS, _fill, _Search, plan
+from labpkg.planning.planner import _fill, _Search, plan
 from labpkg.planning.shapes import ModelShape
 from labpkg.planning.step_time import step_time
 from tests.planning.orders import few
@@ -152,7 +152,7 @@ def test_more_memory_never_hurts(world, sequences, memory):
     times=st.integers(2, 8),
     recompute=st.sampled_from(RECOMPUTE),
 )
-def test_single_sequences_need_no_more_but_for_logits(pp, passes, times, recompute):
+def test_single_sequences_need_no_more(pp, passes, times, recompute):
     gpipe = {"schedule": "gpipe", "num_virtual_stages": 1}
     for schedule in [*schedule_choices(8, pp), *[gpipe] * (pp > 1)]:
         job = Configuration(
@@ -166,7 +166,7 @@ def test_single_sequences_need_no_more_but_for_logits(pp, passes, times, recompu
         )
         many = replace(job, micro_batch_size=times, grad_accum_steps=passes)
         single_bytes, bytes_ = (peak_memory(j).num_bytes for j in (job, many))
-        assert single_bytes <= _FEWER_LOGITS * bytes_
+        assert single_bytes <= bytes_
 
 
 def test_no_step_undercuts_its_bound():
