@@ -77,10 +77,10 @@ def test_every_file_that_is_linked_exists():
 
 @pytest.mark.timeout(180)
 def test_the_examples_run_as_they_are_printed(tmp_path):
-    train, pipeline = blocks("python")
+    train, pipeline, plans = blocks("python")
     script = tmp_path / "example.py"
     script.write_text(
-        f"{train}\n{pipeline}\n"
+        f"{train}\n{pipeline}\n{plans}\n"
         "print(history[0], history[-1], *(loss.item() for loss in losses))\n"
     )
     printed = map(float, run(sys.executable, str(script)).split()[-4:])
