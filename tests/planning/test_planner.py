@@ -200,6 +200,7 @@ def test_no_step_undercuts_its_bound():
         {"pp": 2, "schedule": "interleaved", "num_virtual_stages": 3},
         {"micro_batch_size": 3, "recompute": "selective"},
         {"sequence_parallel": False, "tp": 4},
+        {"fused_loss": True, "zero": 1},
         {"grad_accum_steps": 12},
     ],
 )
@@ -273,6 +274,7 @@ def test_a_tenth_of_the_memory_is_free_by_default():
         (("llama3-8b", "h100", 8, 2**13), {"dp": 8}, "8, or tokens_per_step=65536"),
         (("llama3-8b", "h100", 8, 2**22), {"tp": True}, "tp=True must be"),
         (("llama3-8b", "h100", 8, 2**22), {"sequence_parallel": 1}, "True or False"),
+        (("llama3-8b", "h100", 8, 2**22), {"fused_loss": 1}, "fused_loss=1 must be Tr"),
         (("llama3-8b", "h100", 8, 2**22), {"zero": 4}, "0, 1, 2 or 3"),
         (("llama3-8b", "h100", 8, 2**22), {"schedule": "1b1f"}, "gpipe, 1f1b"),
         (("llama3-8b", "h100", 8, 2**22), {"recompute": "all"}, "selective, full"),

@@ -313,7 +313,7 @@ def open_worlds(times):
 
 @pytest.mark.timeout(300)
 def test_launches_in_a_row_are_clean(world4, capfd):
-    launch(world4, 20)
+    launch(world4, 50)
     train(world4, 5)
     open_worlds(5)
     out, err = capfd.readouterr()
